@@ -1,0 +1,1 @@
+"""Channel pruning of ONNX models."""

@@ -1,0 +1,314 @@
+"""From a model to its groups: what may be removed, what it costs, and what is frozen and why."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from onnxprune import rules
+from onnxprune.axes import BoundRelation, Refusal
+from onnxprune.errors import InputError
+from onnxprune.graph import Graph, Node
+from onnxprune.groups import AxisId, Coupling, Group, Seed, Statement, couple
+from onnxprune.layers import LAYER_OPS, Layer, MacTerm, contracted_axes, layer_of, mac_term
+from onnxprune.probe import Shapes
+from onnxprune.rules.base import OpView
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Channels of a layer that stay, and the place that holds them."""
+
+    reason: str
+    node: str
+    op: str
+    tensor: str
+    axis: int
+    channels: int
+    layers: tuple[str, ...]
+    macs: float
+
+
+@dataclass(frozen=True, eq=False)
+class GroupInfo:
+    """A group with the names of the layers that make and read it."""
+
+    group: Group
+    name: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.group.units
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """All that is known of a model before any data is looked at."""
+
+    graph: Graph
+    shapes: Shapes
+    statements: tuple[Statement, ...]
+    groups: tuple[GroupInfo, ...]
+    frozen: tuple[Frozen, ...]
+    terms: tuple[MacTerm, ...]
+    layers: tuple[Layer, ...]
+
+    @cached_property
+    def macs(self) -> float:
+        """Multiply-accumulates of the whole model at the nominal shapes."""
+        return CostModel(self).macs(np.array([g.units for g in self.groups]))
+
+    @cached_property
+    def prunable_macs(self) -> float:
+        """Share of the multiply-accumulates in layers of which at least one channel axis may shrink."""
+        free = {(axis.tensor, axis.axis) for g in self.groups for axis in g.group.axes}
+        cost = CostModel(self)
+        each = cost.per_term(np.array([g.units for g in self.groups]))
+        able = [any(axis in free for axis in term.axes) for term in self.terms]
+        return float(each[able].sum() / each.sum()) if each.sum() else 0.0
+
+
+def view(node: Node, graph: Graph, shapes: Shapes, which: int = 0) -> OpView:
+    """What a row of the table may know of a node; ``which`` probe's sizes come first."""
+    order = [shapes.probes[which], *(p for k, p in enumerate(shapes.probes) if k != which)]
+
+    def sizes(name: str) -> list[list[int]] | None:
+        if not name or not shapes.known(name):
+            return None
+        return [list(axis) for axis in zip(*(p.shapes[name] for p in order), strict=True)]
+
+    def value(name: str) -> np.ndarray | None:
+        if not name:
+            return None
+        if graph.is_stored(name):
+            return graph.array(name) if int(np.prod(graph.stored(name).dims)) <= 1 << 16 else None
+        return order[0].values.get(name) if name in graph.computed_from_constants else None
+
+    def seen(name: str) -> np.ndarray | None:
+        found = value(name)
+        return found if found is not None else order[0].values.get(name)
+
+    version = graph.opsets.get(node.domain, 1)
+    return OpView(
+        node.op,
+        node.domain,
+        version,
+        node.attributes,
+        tuple(sizes(n) for n in node.inputs),
+        tuple(sizes(n) for n in node.outputs),
+        tuple(value(n) for n in node.inputs),
+        tuple(n in graph.computed_from_constants for n in node.inputs),
+        tuple(seen(n) for n in node.inputs),
+    )
+
+
+def state(node: Node, graph: Graph, shapes: Shapes) -> Statement:
+    """What a node says; a refusal where the table has no row, or its tensors were never seen."""
+    relation: BoundRelation | Refusal
+    missing = [n for n in (*node.inputs, *node.outputs) if n and not shapes.known(n)]
+    if node.captured:
+        relation = Refusal(f"{node.op} has a body, and channels that cross into a body stay")
+    elif missing:
+        relation = Refusal(f"the shape of {missing[0]} is not known")
+    else:
+        relation = rules.describe(view(node, graph, shapes))
+    operands = (*node.inputs, *node.captured)
+    return Statement(node.label, node.op, relation, operands, node.outputs)
+
+
+def outside_seeds(graph: Graph, shapes: Shapes, known: dict[str, tuple[int, ...]]) -> list[Seed]:
+    """Axes that the graph itself freezes: inputs, outputs, dynamic sizes."""
+    seeds = []
+    inputs = {spec.name for spec in graph.inputs}
+    for name, shape in known.items():
+        if name in inputs:
+            seeds += [Seed("an input of the graph", "", "", name, axis) for axis in range(len(shape))]
+        elif name in graph.outputs:
+            seeds += [Seed("an output of the graph", "", "", name, axis) for axis in range(len(shape))]
+        else:
+            for axis, size in enumerate(shape):
+                if size == 1:
+                    seeds.append(Seed("an axis of size one", "", "", name, axis))
+                elif not shapes.is_static(name, axis):
+                    seeds.append(Seed("a size that depends on the data", "", "", name, axis))
+    return seeds
+
+
+def chosen_nodes(graph: Graph, only: str | None, exclude: str | None) -> set[str] | None:
+    """Labels of the layers that --only and --exclude leave to be pruned; None for all of them.
+
+    Raises:
+        InputError: an expression does not compile, or matches no layer.
+    """
+    if only is None and exclude is None:
+        return None
+    labels = [node.label for node in graph.nodes if node.op in LAYER_OPS]
+    chosen = set(labels)
+    for option, text in (("--only", only), ("--exclude", exclude)):
+        if text is None:
+            continue
+        try:
+            pattern = re.compile(text)
+        except re.error as error:
+            raise InputError(f"{option} {text!r} is not a regular expression: {error}") from error
+        matched = {label for label in labels if pattern.search(label)}
+        if not matched:
+            raise InputError(
+                f"{option} {text!r} matches no layer of the model; its layers are {', '.join(labels[:5])}, …"
+                " (see onnxprune inspect)"
+            )
+        chosen = chosen & matched if option == "--only" else chosen - matched
+    return chosen
+
+
+def analyse(
+    graph: Graph,
+    shapes: Shapes,
+    nominal: Shapes | None = None,
+    only: str | None = None,
+    exclude: str | None = None,
+    extra_seeds: tuple[Seed, ...] = (),
+) -> Analysis:
+    """Find the groups of a (normalised) model.
+
+    Args:
+        graph: the model.
+        shapes: of every tensor, at one or two sizes.
+        nominal: shapes at which multiply-accumulates are counted (default: those of the first probe).
+        only: regular expression; only layers whose node name it finds are made narrower.
+        exclude: regular expression; these layers keep their output channels.
+        extra_seeds: axes to freeze besides.
+    """
+    nominal = nominal or shapes
+    known = {name: shape for name in shapes.probes[0].shapes if shapes.known(name) and (shape := shapes.shape(name)) is not None}
+    statements = tuple(state(node, graph, shapes) for node in graph.nodes)
+    seeds = [*extra_seeds, *outside_seeds(graph, shapes, known)]
+    chosen = chosen_nodes(graph, only, exclude)
+    if chosen is not None:
+        for node in graph.nodes:
+            if node.op in LAYER_OPS and node.label not in chosen:
+                output = node.outputs[0]
+                axis = 1 if node.op in ("Conv", "ConvTranspose") else len(known[output]) - 1
+                seeds.append(Seed("not chosen by --only/--exclude", node.label, node.op, output, axis))
+    terms = tuple(t for node in graph.nodes if (t := mac_term(node, nominal)) is not None)
+    weights: dict[AxisId, float] = {}
+    for term in terms:
+        macs = term.coefficient * float(np.prod([_size(nominal, a) for a in term.axes]))
+        for axis in term.axes:
+            weights[axis] = weights.get(axis, 0.0) + macs
+    coupling = couple(known, statements, seeds, weights)
+    layers = tuple(layer for node in graph.nodes if (layer := layer_of(node, graph)) is not None)
+    groups = _named(coupling, graph, statements)
+    return Analysis(graph, shapes, statements, groups, _frozen(coupling, graph, terms, nominal), terms, layers)
+
+
+def _size(shapes: Shapes, axis: AxisId) -> int:
+    shape = shapes.shape(axis[0])
+    return shape[axis[1]] if shape is not None else 1
+
+
+def _named(coupling: Coupling, graph: Graph, statements: tuple[Statement, ...]) -> tuple[GroupInfo, ...]:
+    """Names of the layers around each group; a group is called by its first producer."""
+    where: dict[AxisId, list[int]] = {}
+    for group in coupling.groups:
+        for axis in group.axes:
+            where.setdefault((axis.tensor, axis.axis), []).append(group.index)
+    producers: list[dict[str, None]] = [{} for _ in coupling.groups]
+    consumers: list[dict[str, None]] = [{} for _ in coupling.groups]
+    for node, statement in zip(graph.nodes, statements, strict=True):
+        if node.op not in LAYER_OPS or isinstance(statement.relation, Refusal):
+            continue
+        read = contracted_axes(node, statement.relation)
+        for axis in read:
+            for index in where.get(axis, ()):
+                consumers[index][node.label] = None
+        for k, operand in enumerate(statement.relation.outputs):
+            for axis_index, bound in enumerate(operand):
+                made = not any(
+                    bound.letters == other.letters and other.letters
+                    for name, side in zip(node.inputs, statement.relation.inputs, strict=False)
+                    for other in side
+                    if name not in graph.computed_from_constants
+                )
+                if made:
+                    for index in where.get((statement.outputs[k], axis_index), ()):
+                        producers[index][node.label] = None
+    named, used = [], set()
+    for group in coupling.groups:
+        base = next(iter(producers[group.index]), group.axes[0].tensor)
+        name, count = base, 2
+        while name in used:
+            name, count = f"{base}#{count}", count + 1
+        used.add(name)
+        named.append(GroupInfo(group, name, tuple(producers[group.index]), tuple(consumers[group.index])))
+    return tuple(named)
+
+
+def _frozen(coupling: Coupling, graph: Graph, terms: tuple[MacTerm, ...], nominal: Shapes) -> tuple[Frozen, ...]:
+    """Frozen channels of the layers' weights, gathered by the place that froze them."""
+    held: dict[Seed, tuple[int, dict[str, None], float]] = {}
+    inputs = {spec.name for spec in graph.inputs}
+    for term in terms:
+        macs = term.coefficient * float(np.prod([_size(nominal, a) for a in term.axes]))
+        for axis in term.axes:
+            if axis not in coupling.frozen:
+                continue
+            seed, channels = coupling.frozen[axis]
+            if seed.reason in ("an axis of size one", "a size that depends on the data") or (
+                seed.tensor in inputs and seed.axis == 0
+            ):
+                continue
+            count, names, total = held.get(seed, (0, {}, 0.0))
+            names[term.node] = None
+            held[seed] = (max(count, channels), names, total + macs)
+    return tuple(
+        Frozen(s.reason, s.node, s.op, s.tensor, s.axis, count, tuple(names), macs)
+        for s, (count, names, macs) in held.items()
+    )
+
+
+class CostModel:
+    """Multiply-accumulates as a function of the number of units that every group keeps."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        groups = [g.group for g in analysis.groups]
+        index: dict[AxisId, int] = {}
+        for group in groups:
+            for axis in group.axes:
+                index.setdefault((axis.tensor, axis.axis), len(index))
+        self.slope = np.zeros((len(index) + 1, len(groups)))  # positions per unit, by axis and group
+        self.base = np.ones(len(index) + 1)  # positions that always stay; the last row is the constant one
+        sizes = {axis: _size(analysis.shapes, axis) for axis in index}
+        for group in groups:
+            for axis in group.axes:
+                self.slope[index[axis.tensor, axis.axis], group.index] += axis.positions.shape[1]
+        units = np.array([g.units for g in groups], dtype=np.float64)
+        for axis, row in index.items():
+            self.base[row] = sizes[axis] - self.slope[row] @ units
+        self.coefficient = np.array([self._fixed(t, analysis, index) for t in analysis.terms])
+        depth = max((len(t.axes) for t in analysis.terms), default=0)
+        none = len(index)
+        self.rows = np.full((len(analysis.terms), depth), none)
+        for k, term in enumerate(analysis.terms):
+            for j, axis in enumerate(term.axes):
+                self.rows[k, j] = index.get(axis, none)
+
+    @staticmethod
+    def _fixed(term: MacTerm, analysis: Analysis, index: dict[AxisId, int]) -> float:
+        return term.coefficient * float(np.prod([_size(analysis.shapes, a) for a in term.axes if a not in index]))
+
+    def per_term(self, kept: np.ndarray) -> np.ndarray:
+        """Multiply-accumulates of every layer for these kept counts, shape (groups,)."""
+        sizes = self.base + self.slope @ np.asarray(kept, dtype=np.float64)
+        result: np.ndarray = self.coefficient * sizes[self.rows].prod(axis=1)
+        return result
+
+    def macs(self, kept: np.ndarray) -> float:
+        """Multiply-accumulates of the whole model for these kept counts."""
+        return float(self.per_term(kept).sum())

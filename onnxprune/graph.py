@@ -1,0 +1,231 @@
+"""A read-only view of an ONNX model: nodes, tensors, constants. Nothing here changes a model.
+
+The view is read through onnx-graphsurgeon; the `onnx.ModelProto` itself stays untouched beside it, because it alone
+carries everything that has to survive into the written file (metadata, functions, doc strings, external data).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import numpy_helper
+
+from onnxprune.data import InputSpec
+from onnxprune.errors import InputError
+
+FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16})
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One operator call of the main graph. ``inputs`` and ``outputs`` are tensor names, empty where absent."""
+
+    index: int
+    name: str
+    op: str
+    domain: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    captured: tuple[str, ...]  # tensors that a body (If, Loop, Scan) takes from outside
+
+    @property
+    def label(self) -> str:
+        """The node's name, or its first output where it has none."""
+        return self.name or next((o for o in self.outputs if o), f"{self.op}_{self.index}")
+
+
+class Graph:
+    """The main graph of a model, indexed for reading."""
+
+    def __init__(self, model: onnx.ModelProto, folder: Path | None = None) -> None:
+        self.model = model
+        self.folder = folder or Path()
+        self.opsets = {entry.domain if entry.domain != "ai.onnx" else "": entry.version for entry in model.opset_import}
+        self.initializers = {t.name: t for t in model.graph.initializer}
+        try:
+            imported = gs.import_onnx(model).nodes
+        except Exception as error:  # whatever the reader chokes on is a fault of the file
+            raise InputError(f"the graph cannot be read ({error}); check it with onnx.checker.check_model") from error
+        self.nodes = tuple(
+            Node(
+                index,
+                node.name,
+                node.op,
+                "" if proto.domain == "ai.onnx" else proto.domain,
+                tuple(proto.input),
+                tuple(proto.output),
+                dict(node.attrs),
+                tuple(sorted(_captured(proto))),
+            )
+            for index, (node, proto) in enumerate(zip(imported, model.graph.node, strict=True))
+        )
+        self.outputs = tuple(o.name for o in model.graph.output)
+        self._constants: dict[str, np.ndarray] = {}
+
+    @cached_property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The inputs that a caller has to feed (initializers listed as inputs are not among them)."""
+        specs = []
+        for value in self.model.graph.input:
+            if value.name in self.initializers:
+                continue
+            if not value.type.HasField("tensor_type"):
+                raise InputError(
+                    f"input {value.name!r} of the model is not a tensor; only tensor inputs are supported"
+                )
+            tensor = value.type.tensor_type
+            dims = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in tensor.shape.dim)
+            specs.append(InputSpec(value.name, dims, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))))
+        return tuple(specs)
+
+    @cached_property
+    def consumers(self) -> dict[str, tuple[Node, ...]]:
+        """Per tensor the nodes that read it, bodies included."""
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys((*node.inputs, *node.captured)):
+                if name:
+                    found.setdefault(name, []).append(node)
+        return {name: tuple(nodes) for name, nodes in found.items()}
+
+    @cached_property
+    def producer(self) -> dict[str, Node]:
+        """Per tensor the node that computes it."""
+        return {name: node for node in self.nodes for name in node.outputs if name}
+
+    @cached_property
+    def computed_from_constants(self) -> frozenset[str]:
+        """Names of the tensors that depend on no input: initializers, Constants and what follows from them alone."""
+        known = set(self.initializers) | {""}
+        for node in self.nodes:
+            random = node.op.startswith(("Random", "Multinomial", "Bernoulli"))
+            if not random and not node.captured and all(name in known for name in node.inputs):
+                known.update(node.outputs)
+        return frozenset(known - {""})
+
+    def is_stored(self, name: str) -> bool:
+        """Whether the tensor's values stand in the file (an initializer or a Constant's tensor)."""
+        return name in self.initializers or name in self._constant_nodes
+
+    @cached_property
+    def _constant_nodes(self) -> dict[str, onnx.TensorProto]:
+        found = {}
+        for proto in self.model.graph.node:
+            if proto.op_type == "Constant" and proto.domain in ("", "ai.onnx"):
+                for attribute in proto.attribute:
+                    if attribute.name == "value":
+                        found[proto.output[0]] = attribute.t
+        return found
+
+    def stored(self, name: str) -> onnx.TensorProto:
+        """The proto of a stored tensor."""
+        return self.initializers[name] if name in self.initializers else self._constant_nodes[name]
+
+    def stored_names(self) -> Iterator[str]:
+        """Every stored tensor of the main graph."""
+        yield from self.initializers
+        yield from self._constant_nodes
+
+    def array(self, name: str) -> np.ndarray:
+        """The values of a stored tensor; read once, and not to be written to."""
+        if name not in self._constants:
+            self._constants[name] = numpy_helper.to_array(self.stored(name), str(self.folder))
+        return self._constants[name]
+
+
+def _captured(proto: onnx.NodeProto) -> set[str]:
+    """Names that the bodies of a node take from outside."""
+    found: set[str] = set()
+    for attribute in proto.attribute:
+        for body in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
+            inner = {i.name for i in body.input} | {t.name for t in body.initializer}
+            for node in body.node:
+                found.update(name for name in (*node.input, *_captured(node)) if name and name not in inner)
+                inner.update(node.output)
+            found.update(o.name for o in body.output if o.name not in inner)
+    return found
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Load a model from a file, external data included.
+
+    Raises:
+        InputError: there is no such file, or it does not hold an ONNX model.
+    """
+    if not path.exists():
+        raise InputError(f"no such file: {path}; expected an ONNX model")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected an ONNX file (try {path / 'model.onnx'})")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty; expected an ONNX model (was the download or the export cut off?)")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # protobuf's own errors share no base class
+        raise InputError(
+            f"{path} is not a readable ONNX model (it may be truncated or of another format); export or copy it again"
+        ) from error
+    if not model.graph.node or not model.opset_import:
+        raise InputError(
+            f"{path} holds no ONNX graph (found {len(model.graph.node)} nodes and {len(model.opset_import)} opset"
+            " imports); export the model again"
+        )
+    _refuse_outside_data(model, path)
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:
+        raise InputError(f"the external data of {path} cannot be read: {error}") from error
+    return model
+
+
+def _refuse_outside_data(model: onnx.ModelProto, path: Path) -> None:
+    root = path.parent.resolve()
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                target = (root / entry.value).resolve()
+                if Path(entry.value).is_absolute() or not target.is_relative_to(root):
+                    raise InputError(
+                        f"tensor {tensor.name!r} of {path} names external data outside the model's folder"
+                        f" ({entry.value!r}); expected a file beside the model"
+                    )
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Write a file whole or not at all: a temporary file in the same folder, fsync, rename."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(name).unlink()
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def digest(model: onnx.ModelProto) -> str:
+    """SHA-256 of the model's deterministic serialisation, hexadecimal."""
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()

@@ -1,0 +1,135 @@
+"""Make the graph say plainly what it computes, without changing it.
+
+What depends on constants alone is computed once and stored, so that weights behind Identity, Transpose, Cast or a
+normalisation are ordinary weights. Small constants that exporters merged although unrelated operators use them (the ones
+and zeros of normalisations) are given back to each user. Weights that several layers truly share stay shared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from onnxprune.graph import Graph
+from onnxprune.runtime import Runtime, expose
+
+_LARGEST_FOLDED = 1 << 20  # elements; larger results are folded only where they do not outgrow what they come from
+_LARGEST_COPY = 1 << 16  # elements
+_WEIGHT_OPERANDS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}
+
+
+def normalise(graph: Graph, runtime: Runtime) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """A model that computes the same, with constants folded and small constants given to each user.
+
+    Returns:
+        the model, and per copied constant the name of the tensor that it is a copy of.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    _fold(model, graph, runtime)
+    return model, _unshare(model)
+
+
+def _fold(model: onnx.ModelProto, graph: Graph, runtime: Runtime) -> None:
+    constant = graph.computed_from_constants
+    folded = {node.index for node in graph.nodes if _foldable(node.outputs, constant) and node.inputs and any(node.inputs)}
+    wanted = sorted(
+        {
+            name
+            for index in folded
+            for name in graph.nodes[index].outputs
+            if name in graph.outputs or any(reader.index not in folded for reader in graph.consumers.get(name, ()))
+        }
+    )
+    if not wanted:
+        return
+    only = onnx.ModelProto()
+    only.CopyFrom(model)
+    only.ir_version = max(only.ir_version, 4)  # initializers need not be inputs
+    del only.graph.node[:], only.graph.input[:], only.graph.value_info[:]
+    only.graph.node.extend(
+        n for k, n in enumerate(model.graph.node) if k in folded or n.op_type == "Constant"
+    )
+    values = runtime.session(expose(only, wanted), optimise=False).run(wanted, {})
+    largest = max((int(np.prod(t.dims)) for t in model.graph.initializer), default=0)
+    keep = {
+        name: value
+        for name, value in zip(wanted, values, strict=True)
+        if isinstance(value, np.ndarray) and value.size <= max(_LARGEST_FOLDED, largest) and name not in graph.outputs
+    }
+    dropped = {k for k in folded if set(filter(None, graph.nodes[k].outputs)) <= set(keep)}
+    # what feeds only dropped nodes goes with them
+    needed = {name for k, node in enumerate(model.graph.node) if k not in folded for name in node.input}
+    needed |= {name for node in graph.nodes for name in node.captured} | set(graph.outputs)
+    for index in sorted(folded - dropped, reverse=True):
+        if set(graph.nodes[index].outputs) & (needed - set(keep)):
+            needed.update(graph.nodes[index].inputs)
+        else:
+            dropped.add(index)
+    nodes = [n for k, n in enumerate(model.graph.node) if k not in dropped]
+    present = {name for node in nodes for name in node.output}
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    for name, value in keep.items():
+        if name not in present:
+            add_constant(model, numpy_helper.from_array(value, name))
+
+
+def add_constant(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+    """Store a new tensor: an initializer, or a Constant node where initializers have to be inputs (IR before 4)."""
+    if model.ir_version >= 4:
+        model.graph.initializer.append(tensor)
+    else:
+        node = onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
+        model.graph.node.insert(0, node)
+
+
+def _foldable(outputs: tuple[str, ...], constant: frozenset[str]) -> bool:
+    return all(name in constant for name in outputs if name) and any(outputs)
+
+
+def _unshare(model: onnx.ModelProto) -> dict[str, str]:
+    """One copy of a small shared constant for every user but the first; layers' weights stay shared."""
+    stored = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    stored[node.output[0]] = attribute.t
+    uses: Counter[str] = Counter()
+    weights: set[str] = set()
+    inner: set[str] = set()
+    for node in model.graph.node:
+        uses.update(name for name in node.input if name)
+        weights.update(node.input[k] for k in _WEIGHT_OPERANDS.get(node.op_type, ()) if k < len(node.input))
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
+                inner.update(name for n in body.node for name in n.input)
+    outputs = {o.name for o in model.graph.output}
+    copies: dict[str, str] = {}
+    seen: set[str] = set()
+    taken = set(stored) | {name for node in model.graph.node for name in node.output}
+    for node in list(model.graph.node):
+        for k, name in enumerate(node.input):
+            tensor = stored.get(name)
+            if tensor is None or uses[name] < 2 or name in weights | inner | outputs:
+                continue
+            if not tensor.dims or int(np.prod(tensor.dims)) > _LARGEST_COPY:
+                continue
+            if name not in seen:
+                seen.add(name)
+                continue
+            copy = f"{name}__{len(copies)}"
+            while copy in taken:
+                copy += "_"
+            taken.add(copy)
+            copies[copy] = name
+            twin = onnx.TensorProto()
+            twin.CopyFrom(tensor)
+            twin.name = copy
+            add_constant(model, twin)
+            node.input[k] = copy
+    return copies

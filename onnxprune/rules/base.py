@@ -1,0 +1,163 @@
+"""What a row of the table is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from onnxprune.axes import BoundRelation, IndexMap, NotationError, Refusal, Relation, Shape, bind, parse
+
+Sizes = list[list[int]]  # per axis the size at every probe
+
+
+@dataclass(frozen=True, eq=False)
+class OpView:
+    """All that a row may know of one operator call."""
+
+    op: str
+    domain: str
+    version: int
+    attributes: Mapping[str, Any]
+    in_sizes: tuple[Sizes | None, ...]  # None: absent
+    out_sizes: tuple[Sizes | None, ...]
+    values: tuple[np.ndarray | None, ...]  # of inputs that are constants, where they are at hand
+    constant: tuple[bool, ...]  # computed from constants alone
+    seen: tuple[np.ndarray | None, ...] = ()  # of all short inputs, as they were when the model was probed
+
+    def in_shape(self, k: int) -> Shape:
+        """Shape of a present input, at the first probe."""
+        sizes = self.in_sizes[k] or []
+        return tuple(axis[0] for axis in sizes)
+
+    def out_shape(self, k: int = 0) -> Shape:
+        """Shape of a present output, at the first probe."""
+        sizes = self.out_sizes[k] or []
+        return tuple(axis[0] for axis in sizes)
+
+    def has(self, k: int) -> bool:
+        """Whether input ``k`` is present."""
+        return k < len(self.in_sizes) and self.in_sizes[k] is not None
+
+    def value(self, k: int, attribute: str = "") -> np.ndarray | None:
+        """A parameter that is an attribute in old opsets and an input in newer ones; None where it is unknown."""
+        if attribute and attribute in self.attributes:
+            return np.asarray(self.attributes[attribute])
+        return self.values[k] if k < len(self.values) else None
+
+    def axis(self, default: int, name: str = "axis", rank: int | None = None) -> int:
+        """An axis attribute, made non-negative."""
+        axis = int(self.attributes.get(name, default))
+        return axis % (rank if rank is not None else len(self.in_shape(0)))
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What is left of an operator's operands: per axis the kept positions (None: all of them)."""
+
+    inputs: tuple[tuple[np.ndarray | None, ...], ...]
+    outputs: tuple[tuple[np.ndarray | None, ...], ...]
+
+    def in_size(self, op: OpView, k: int, axis: int) -> int:
+        """The new size of an input's axis."""
+        kept = self.inputs[k][axis]
+        return op.in_shape(k)[axis] if kept is None else len(kept)
+
+    def out_size(self, op: OpView, k: int, axis: int) -> int:
+        """The new size of an output's axis."""
+        kept = self.outputs[k][axis]
+        return op.out_shape(k)[axis] if kept is None else len(kept)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What has to change in a node that states a size: attributes, and whole new values for some inputs."""
+
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+
+Describe = Callable[[OpView], Relation | Refusal]
+Mend = Callable[[OpView, Kept], Repair]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    ``weights`` are the inputs whose removed slices are silenced by zeros: an exact zero there makes the operator compute
+    as if the channel were not there. ``sizes`` gives letters that shapes do not determine.
+    """
+
+    describe: Describe | str
+    since: int = 1
+    repair: Mend | None = None
+    sizes: Callable[[OpView], dict[str, int]] | None = None
+    weights: tuple[int, ...] = ()
+
+
+Table = dict[tuple[str, str], list[Row]]
+TABLE: Table = {}
+
+
+def add(table: Table, names: str, *rows: Row, domain: str = "") -> None:
+    """Put rows under one or several operator names (separated by spaces)."""
+    for name in names.split():
+        table.setdefault((domain, name), []).extend(rows)
+
+
+def row_for(domain: str, op: str, version: int) -> Row | None:
+    """The row in force for an operator at an opset version."""
+    rows = [row for row in TABLE.get((domain, op), ()) if row.since <= version]
+    return max(rows, key=lambda row: row.since) if rows else None
+
+
+def describe(op: OpView) -> BoundRelation | Refusal:
+    """What the table says about one operator call, bound to its shapes."""
+    row = row_for(op.domain, op.op, op.version)
+    if row is None:
+        name = f"{op.domain}.{op.op}" if op.domain else op.op
+        return Refusal(f"no rule for operator {name}")
+    relation = parse(row.describe) if isinstance(row.describe, str) else row.describe(op)
+    if isinstance(relation, Refusal):
+        return relation
+    sizes = row.sizes(op) if row.sizes else None
+    ins = [None if s is None else tuple(axis[0] for axis in s) for s in op.in_sizes]
+    outs = [None if s is None else tuple(axis[0] for axis in s) for s in op.out_sizes]
+    try:
+        return bind(relation, ins, outs, sizes)
+    except NotationError as error:
+        return Refusal(f"the rule of {op.op} does not fit this call ({error})")
+
+
+def letters(shape: Sequence[int], prefix: str = "a") -> list[str]:
+    """One letter per axis."""
+    return [f"{prefix}{k}" for k in range(len(shape))]
+
+
+def broadcast(shapes: Sequence[Shape | None], out: Shape) -> list[str]:
+    """Operands of an element-wise operator in the notation, aligned at the right; absent ones are empty."""
+    names = letters(out)
+    operands = []
+    for shape in shapes:
+        if shape is None:
+            operands.append("")
+            continue
+        tail = names[len(names) - len(shape) :] if shape else []
+        operands.append(" ".join("1" if dim == 1 else name for dim, name in zip(shape, tail, strict=True)))
+    return operands
+
+
+def along(shape: Shape, axis: int, token: str) -> str:
+    """All axes by letter but one, which gets ``token``."""
+    names = letters(shape)
+    names[axis] = token
+    return " ".join(names)
+
+
+def relate(inputs: Sequence[str], outputs: Sequence[str], maps: tuple[IndexMap, ...] = ()) -> Relation:
+    """A relation from the texts of its operands."""
+    relation = parse(f"{', '.join(inputs)} -> {', '.join(outputs)}")
+    return Relation(relation.inputs, relation.outputs, maps)

@@ -1,0 +1,70 @@
+"""Normalisations and reductions, pooling among them."""
+
+from __future__ import annotations
+
+from onnxprune.axes import Refusal, Relation
+from onnxprune.rules.base import OpView, Row, Table, add, letters, relate
+
+REDUCTIONS = """
+ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
+"""
+
+
+def _batch_normalization(op: OpView) -> Relation | Refusal:
+    if op.attributes.get("training_mode", 0) or len([s for s in op.out_sizes if s is not None]) > 1:
+        return Refusal("BatchNormalization in training mode mixes the batch")
+    names = letters(op.in_shape(0))
+    vector = names[1] if len(names) > 1 else "c"
+    return relate([" ".join(names), *[vector] * 4], [" ".join(names)])
+
+
+def _reduce(op: OpView) -> Relation | Refusal:
+    rank = len(op.in_shape(0))
+    given = op.value(1, "axes")
+    if given is None and op.has(1):
+        return Refusal(f"{op.op} over axes that are computed at run time")
+    axes = {int(a) % rank for a in given.ravel()} if given is not None else set()
+    if not axes and not op.attributes.get("noop_with_empty_axes", 0):
+        axes = set(range(rank))
+    names = letters(op.in_shape(0))
+    keep = bool(op.attributes.get("keepdims", 1))
+    source = " ".join(f"!{n}" if k in axes else n for k, n in enumerate(names))
+    result = " ".join("1" if k in axes else n for k, n in enumerate(names) if keep or k not in axes)
+    return relate([source], [result])
+
+
+def _softmax(op: OpView) -> Relation | Refusal:
+    rank = len(op.in_shape(0))
+    names = letters(op.in_shape(0))
+    if op.version < 13:  # everything from the axis on is flattened into one distribution
+        first = op.axis(1)
+        mixed = set(range(first, rank))
+    else:
+        mixed = {op.axis(-1)}
+    text = " ".join(f"!{n}" if k in mixed else n for k, n in enumerate(names))
+    return relate([text], [text])
+
+
+def _layer_normalization(op: OpView) -> Relation | Refusal:
+    names = letters(op.in_shape(0))
+    first = op.axis(-1)
+    full = [f"!{n}" if k >= first else n for k, n in enumerate(names)]
+    return relate([" ".join(full)], [" ".join(full)])
+
+
+def _spatial_pool(op: OpView) -> Relation | Refusal:
+    if len(op.out_sizes) > 1 and op.out_sizes[1] is not None:
+        return Refusal("MaxPool returns flat indices, which count the channels")
+    return relate(["n c *"], ["n c *"])
+
+
+def register(table: Table) -> None:
+    """Add the rows of this file."""
+    # a channel whose scale and bias are zero comes out as zero, whatever its mean and variance
+    add(table, "BatchNormalization", Row(_batch_normalization, weights=(1, 2)))
+    add(table, "InstanceNormalization", Row("n c *, c, c -> n c *", weights=(1, 2)))
+    add(table, "LayerNormalization", Row(_layer_normalization, since=17))
+    add(table, "Softmax LogSoftmax Hardmax", Row(_softmax))
+    add(table, REDUCTIONS, Row(_reduce))
+    add(table, "AveragePool LpPool MaxPool", Row(_spatial_pool))
+    add(table, "GlobalAveragePool GlobalLpPool GlobalMaxPool", Row("n c * -> n c *"))
