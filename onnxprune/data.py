@@ -41,14 +41,12 @@ from onnxprune.images import (
     Array,
     InputSpec,
     Preprocessing,
-    UnreadableImage,
-    check_folder,
     check_values,
     convert_values,
     find_images,
     fits,
     model_layout,
-    read_image,
+    open_images,
     shape_text,
     takes_images,
 )
@@ -56,7 +54,7 @@ from onnxprune.images import (
 __all__ = ["Calibration", "InputSpec", "Preprocessing", "load_calibration"]
 
 _LABELS = frozenset(
-    "label labels target targets y y_train y_test y_val class classes class_names categories names filenames ids".split()
+    ("label", "labels", "target", "targets", "y", "y_train", "y_test", "class", "classes", "names", "filenames", "ids")
 )
 _CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _RANDOM_RECORDS = 64
@@ -209,10 +207,9 @@ def _from_object(source: object, where: str, name: str, request: _Request) -> Ca
         try:
             source = source()
         except Exception as error:  # the user's code may raise anything
-            raise InputError(f"{where}: expected a callable that yields data, found that it raised {error!r}") from error
+            raise InputError(f"{where}: expected a callable that yields data, found {error!r}; try it alone") from error
     if isinstance(source, Mapping):
-        keys, warnings = _match([str(key) for key in source], request, where)
-        arrays = {name: _array(source[key], f"{where}, key '{key}'") for name, key in keys.items()}
+        arrays, keys, warnings = _matched(source, request, where)
         return _from_arrays(arrays, keys, where, name or "arrays", request, warnings)
     if hasattr(source, "__array__"):
         spec = request.only_input(where, "a single array")
@@ -223,9 +220,7 @@ def _from_object(source: object, where: str, name: str, request: _Request) -> Ca
             f"found {type(source).__name__}; try a NumPy array"
         )
     if isinstance(source, list | tuple):
-        items: Iterator[tuple[str, object]] = (
-            (f"record {i}", source[i]) for i in request.choose(len(source), None)
-        )
+        items: Iterator[tuple[str, object]] = ((f"record {i}", source[i]) for i in request.choose(len(source), None))
     else:
         items = ((f"record {i}", item) for i, item in enumerate(source))
     return _from_items(items, where, name or "iterable", request)
@@ -273,9 +268,7 @@ def _from_folder(folder: Path, where: str, request: _Request) -> Calibration:
     )
 
 
-def _from_neighbours(
-    model_path: Path | None, request: _Request, dynamic: Mapping[str, Sequence[int]]
-) -> Calibration:
+def _from_neighbours(model_path: Path | None, request: _Request, dynamic: Mapping[str, Sequence[int]]) -> Calibration:
     """Take what lies beside the model, else random numbers; test data there may belong to another model."""
     refused = []
     if model_path is not None:
@@ -447,15 +440,14 @@ def _guarded(items: Iterator[tuple[str, object]], where: str) -> Iterator[tuple[
     except InputError:
         raise
     except Exception as error:  # the user's code may raise anything
-        raise InputError(f"{where}: expected an iterable that yields data, found that it raised {error!r}") from error
+        raise InputError(f"{where}: expected an iterable that yields data, found {error!r}; try it alone") from error
 
 
 def _item(item: object, where: str, request: _Request) -> tuple[dict[str, Array], tuple[str, ...]]:
     """Give every input its array, copied (a loader may reuse its buffer) and with a batch axis; and warnings."""
     warnings: tuple[str, ...] = ()
     if isinstance(item, Mapping):
-        keys, warnings = _match([str(key) for key in item], request, where)
-        arrays = {name: _array(item[key], f"{where}, key '{key}'") for name, key in keys.items()}
+        arrays, _, warnings = _matched(item, request, where)
     elif hasattr(item, "__array__"):
         arrays = {request.only_input(where, "a single array").name: _array(item, where)}
     else:
@@ -524,8 +516,7 @@ def _read_test_data(folder: Path, request: _Request, where: str) -> dict[str, Ar
             array = onnx.numpy_helper.to_array(tensor)
         except Exception as error:  # protobuf's own classes, and what onnx raises for types it cannot hold
             raise InputError(
-                f"{here}: expected an ONNX tensor, found a file that cannot be read as one ({error}); "
-                "try an .npz file"
+                f"{here}: expected an ONNX tensor, found a file that cannot be read as one ({error}); try an .npz file"
             ) from error
         number = _number(path)
         name = tensor.name if tensor.name in names else names[number] if 0 <= number < len(names) else None
@@ -542,78 +533,30 @@ def _read_test_data(folder: Path, request: _Request, where: str) -> dict[str, Ar
 
 
 def _from_images(folder: Path, paths: Sequence[Path], where: str, request: _Request) -> Calibration:
-    """Decode every chosen image once, so that `Calibration.feeds` meets none that it cannot read."""
-    spec = request.only_input(where, "a folder of images")
-    options, batch = request.preprocessing, request.batch
-    check_folder(spec, options, where)
-    wanted = len(paths) if request.samples is None else request.samples * batch
-    good: list[Path] = []
-    hashes: dict[str, bytes] = {}
-    skipped: list[str] = []
-    size: tuple[int, ...] = ()
-    for i in request.choose(len(paths), None):
-        if len(good) == wanted:
-            break
-        name = paths[i].relative_to(folder).as_posix()
-        try:
-            content = paths[i].read_bytes()
-            pixels = read_image(content, spec, options, f"{where}, image {name}")
-        except (UnreadableImage, OSError) as error:
-            skipped.append(f"{name} ({error})")
-            continue
-        if good and pixels.shape != size:
-            raise InputError(
-                f"{where}: expected images of one size for input '{spec.name}' {shape_text(spec.shape)}, found "
-                f"{size[0]}x{size[1]} and {pixels.shape[0]}x{pixels.shape[1]} pixels (height x width, image {name}); "
-                "try --resize 256 --crop 224, or the size that the model was trained with"
-            )
-        size = pixels.shape
-        good.append(paths[i])
-        hashes[name] = hashlib.sha256(content).digest()
-    if not good:
-        raise InputError(f"{where}: expected images, found {len(paths)} that cannot be read: {skipped[0]}; try others")
-    check_values(replace(spec, shape=(None, *spec.shape[1:])), (1, *size), np.dtype(np.uint8), options, where)
-    count = len(good) // batch
+    spec, batch = request.only_input(where, "a folder of images"), request.batch
+    wanted = None if request.samples is None else request.samples * batch
+    shuffled = [paths[i] for i in request.choose(len(paths), None)]
+    images = open_images(folder, shuffled, wanted, spec, request.preprocessing, where)
+    count = len(images.paths) // batch
     if not count:
         raise InputError(
-            f"{where}: expected at least {batch} readable images, the model's batch size, found {len(good)}; try more"
+            f"{where}: expected at least {batch} readable images, the model's batch size, found {len(images.paths)}; "
+            "try more"
         )
 
     def read(record: int) -> Array:
-        return convert_values(spec, np.stack([pixels_of(path) for path in group(record)]), options, where)
+        pixels = images.pixels(range(record * batch, (record + 1) * batch))
+        return convert_values(spec, pixels, request.preprocessing, where)
 
-    def group(record: int) -> Sequence[Path]:
-        return good[record * batch : (record + 1) * batch]
-
-    def pixels_of(path: Path) -> Array:
-        try:
-            pixels = read_image(path.read_bytes(), spec, options, f"{where}, image {path.name}")
-        except (UnreadableImage, OSError) as error:
-            pixels, reason = np.empty(0), str(error)
-        else:
-            reason = "its size is another"
-        if pixels.shape != size:
-            raise InputError(f"{where}: expected image {path.name} as it was at first, found it changed: {reason}")
-        return pixels
-
-    digest = hashlib.sha256(folder.name.encode())
-    for name, content in sorted(hashes.items()):
-        digest.update(name.encode() + content)
     return Calibration(
         source=f"{folder.name}, {_count_text(count, len(paths) // batch, batch, 'images')}",
         is_random=False,
         batchable=request.dynamic_batch,
-        digest=digest.hexdigest(),
-        warnings=tuple(_skipped_text(skipped)),
+        digest=images.digest,
+        warnings=images.warnings,
         _readers={spec.name: read},
         _order=tuple(range(count)),
     )
-
-
-def _skipped_text(skipped: Sequence[str], most: int = 5) -> Iterator[str]:
-    yield from (f"unreadable image {name} skipped" for name in skipped[:most])
-    if len(skipped) > most:
-        yield f"{len(skipped) - most} more unreadable images skipped"
 
 
 # -------------------------------------------------------------------------------------------- random
@@ -622,7 +565,9 @@ def _skipped_text(skipped: Sequence[str], most: int = 5) -> Iterator[str]:
 def _random(request: _Request, dynamic: Mapping[str, Sequence[int]]) -> Calibration:
     names = [spec.name for spec in request.inputs]
     if unknown := [name for name in dynamic if name not in names]:
-        raise InputError(f"dynamic shapes: expected the inputs {_names(names)}, found {_names(unknown)}{_near(unknown, names)}")
+        raise InputError(
+            f"dynamic shapes: expected the inputs {_names(names)}, found {_names(unknown)}{_near(unknown, names)}"
+        )
     shapes = {spec.name: _random_shape(spec, dynamic.get(spec.name)) for spec in request.inputs}
 
     def read(position: int, spec: InputSpec, record: int) -> Array:
@@ -630,7 +575,9 @@ def _random(request: _Request, dynamic: Mapping[str, Sequence[int]]) -> Calibrat
         shape = shapes[spec.name]
         if spec.is_float:
             return np.asarray(rng.standard_normal(shape)).astype(spec.dtype)
-        return np.asarray(rng.integers(0, 2, shape)).astype(spec.dtype) if spec.dtype.kind != "b" else np.ones(shape, bool)
+        if spec.dtype.kind == "b":
+            return np.ones(shape, spec.dtype)
+        return np.asarray(rng.integers(0, 2, shape)).astype(spec.dtype)
 
     count = _RANDOM_RECORDS if request.samples is None else request.samples
     text = ", ".join(f"'{name}' {list(shape)}" for name, shape in shapes.items())
@@ -683,6 +630,14 @@ def _match(found: Sequence[str], request: _Request, where: str) -> tuple[dict[st
         )
     ignored = [key for key in others if key not in keys.values()]
     return keys, (f"{where}: {_names(ignored)} ignored: no input has that name",) if ignored else ()
+
+
+def _matched(
+    found: Mapping[Any, object], request: _Request, where: str
+) -> tuple[dict[str, Array], dict[str, str], tuple[str, ...]]:
+    values = {str(key): value for key, value in found.items()}
+    keys, warnings = _match(list(values), request, where)
+    return {name: _array(values[key], f"{where}, key '{key}'") for name, key in keys.items()}, keys, warnings
 
 
 def _near(names: Sequence[str], candidates: Sequence[str]) -> str:

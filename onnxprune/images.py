@@ -7,9 +7,12 @@ channel, computed in float64 and rounded once to the model's type.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import io
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +30,7 @@ Array = npt.NDArray[Any]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+_WARNED = 5  # unreadable images named one by one
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -276,11 +280,40 @@ def _convert_images(spec: InputSpec, images: Array, preprocessing: Preprocessing
     return np.ascontiguousarray(np.moveaxis(result, 1, -1) if model_layout(spec.shape) == "NHWC" else result)
 
 
-# ----------------------------------------------------------------------------------------- image files
+# ------------------------------------------------------------------------------------ folders of images
 
 
-class UnreadableImage(Exception):
+class _Unreadable(Exception):
     """A file that no image can be read from; its text is the reason."""
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The readable ones of the chosen images, all of one size, decoded again each time they are asked for."""
+
+    spec: InputSpec
+    preprocessing: Preprocessing
+    where: str
+    paths: tuple[Path, ...]
+    size: tuple[int, ...]  # height, width, channels
+    digest: str
+    warnings: tuple[str, ...]
+
+    def pixels(self, positions: Iterable[int]) -> Array:
+        """Decode images to uint8 [n, H, W, C]."""
+        return np.stack([self._read(self.paths[position]) for position in positions])
+
+    def _read(self, path: Path) -> Array:
+        try:
+            pixels = _read_image(path.read_bytes(), self.spec, self.preprocessing, f"{self.where}, image {path.name}")
+            if pixels.shape != self.size:
+                raise _Unreadable("it has another size")
+            return pixels
+        except (_Unreadable, OSError) as error:
+            raise InputError(
+                f"{self.where}: expected image {path.name} as it was when first read, found it changed ({error}); "
+                "try again, and leave the folder alone meanwhile"
+            ) from error
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -294,8 +327,53 @@ def find_images(folder: Path) -> list[Path]:
     )
 
 
-def check_folder(spec: InputSpec, preprocessing: Preprocessing, where: str) -> None:
+def open_images(
+    folder: Path, paths: Iterable[Path], wanted: int | None, spec: InputSpec, preprocessing: Preprocessing, where: str
+) -> ImageFolder:
+    """Decode images once until as many as wanted are good, so that reading them later meets no surprise."""
+    _check_folder(spec, preprocessing, where)
+    good: list[Path] = []
+    bad: list[str] = []
+    hashes: dict[str, bytes] = {}
+    size: tuple[int, ...] = ()
+    for path in paths:
+        if len(good) == wanted:
+            break
+        name = path.relative_to(folder).as_posix()
+        try:
+            content = path.read_bytes()
+            pixels = _read_image(content, spec, preprocessing, f"{where}, image {name}")
+        except (_Unreadable, OSError) as error:
+            bad.append(f"{name} ({error})")
+            continue
+        size = size or pixels.shape
+        if pixels.shape != size:
+            raise InputError(
+                f"{where}: expected images of one size for input '{spec.name}' {shape_text(spec.shape)}, found "
+                f"{size[0]}x{size[1]} and {pixels.shape[0]}x{pixels.shape[1]} pixels (height x width, image {name}); "
+                "try --resize and --crop, such as --resize 256 --crop 224"
+            )
+        good.append(path)
+        hashes[name] = hashlib.sha256(content).digest()
+    if not good:
+        raise InputError(
+            f"{where}: expected images, found {len(bad)} that cannot be read, such as {bad[0]}; try others"
+        )
+    _check_images(spec, (1, *size), preprocessing, where)
+
+    digest = hashlib.sha256(folder.name.encode())
+    for name, content in sorted(hashes.items()):
+        digest.update(name.encode() + content)
+    warned = [f"unreadable image {text} skipped" for text in bad[:_WARNED]]
+    if len(bad) > _WARNED:
+        warned.append(f"{len(bad) - _WARNED} more unreadable images skipped")
+    return ImageFolder(spec, preprocessing, where, tuple(good), size, digest.hexdigest(), tuple(warned))
+
+
+def _check_folder(spec: InputSpec, preprocessing: Preprocessing, where: str) -> None:
     """Refuse a model that images cannot feed, or options that contradict its size, before any file is read."""
+    if importlib.util.find_spec("PIL") is None:
+        raise InputError(f"{where}: expected the package Pillow, to read images, found none; try pip install pillow")
     if len(spec.shape) != 4 or not (spec.is_float or spec.dtype == np.uint8):
         raise InputError(
             f"{where}: expected a model with a 4-D input of floats or uint8 for a folder of images, found input "
@@ -316,10 +394,10 @@ def check_folder(spec: InputSpec, preprocessing: Preprocessing, where: str) -> N
     _check_channels(preprocessing, channels or 3)
 
 
-def read_image(data: bytes, spec: InputSpec, preprocessing: Preprocessing, where: str) -> Array:
+def _read_image(data: bytes, spec: InputSpec, preprocessing: Preprocessing, where: str) -> Array:
     """Decode an image file to uint8 [H, W, C] with the model's channels and, where fixed, its size.
 
-    Raises `UnreadableImage` when the bytes are no image, `InputError` when the size does not suit.
+    Raises `_Unreadable` when the bytes are no image, `InputError` when the size does not suit.
     """
     channels, height, width = _wanted_image(spec)
     image = _decode(data, _MODES[channels or 3])
@@ -341,17 +419,17 @@ def _decode(data: bytes, mode: str) -> Image.Image:
             if deep:  # 16 bits per pixel: keep the upper eight, where Pillow would clip
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode in ("I", "F"):
-                raise UnreadableImage("its pixels are 32-bit numbers without a known range")
+                raise _Unreadable("its pixels are 32-bit numbers without a known range")
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
             return image.convert(mode)
-    except UnreadableImage:
+    except _Unreadable:
         raise
     except Exception as error:
         if not data:
-            raise UnreadableImage("the file is empty") from error
+            raise _Unreadable("the file is empty") from error
         text = str(error).split(" <")[0]  # without the address of the buffer
-        raise UnreadableImage(text or type(error).__name__) from error
+        raise _Unreadable(text or type(error).__name__) from error
 
 
 def _resize_and_crop(

@@ -29,7 +29,8 @@ def normalise(graph: Graph, runtime: Runtime) -> tuple[onnx.ModelProto, dict[str
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
-    _fold(model, graph, runtime)
+    if model.ir_version >= 4:  # before, a stored tensor had to be an input, and new inputs change the model's face
+        _fold(model, graph, runtime)
     return model, _unshare(model)
 
 

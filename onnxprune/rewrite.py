@@ -1,0 +1,251 @@
+"""Plan -> model: the only place that makes a changed graph, once, at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from onnxprune.analysis import Analysis, view
+from onnxprune.errors import OnnxPruneError
+from onnxprune.graph import Graph, Node
+from onnxprune.groups import AxisId
+from onnxprune.normalise import add_constant
+from onnxprune.plan import Plan, removed_positions
+from onnxprune.probe import Shapes
+from onnxprune.rules.base import Kept, row_for
+from onnxprune.sizes import SizeGraph
+
+
+class CannotRepair(OnnxPruneError):
+    """A node states a size in a way that cannot be mended; its axes have to be frozen."""
+
+    def __init__(self, message: str, tensor: str, axes: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+        self.axes = axes
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """What is left of every axis that loses something."""
+
+    shapes: Shapes
+    kept: Mapping[AxisId, np.ndarray]
+
+    def of(self, name: str) -> tuple[np.ndarray | None, ...]:
+        """Kept positions per axis of a tensor."""
+        return tuple(self.kept.get((name, axis)) for axis in range(len(self.shapes.shape(name) or ())))
+
+    def new_shape(self, name: str, which: int) -> tuple[int, ...]:
+        """The tensor's shape after the cut, at one of the probes."""
+        old = self.shapes.probes[which].shapes[name]
+        return tuple(size if left is None else len(left) for size, left in zip(old, self.of(name), strict=True))
+
+
+def rewrite(
+    analysis: Analysis,
+    plan: Plan,
+    arrays: Mapping[str, np.ndarray] | None = None,
+    copies: Mapping[str, str] | None = None,
+) -> onnx.ModelProto:
+    """The model with the plan's removed units taken out.
+
+    Args:
+        analysis: of the model that is rewritten; the model itself is left as it is.
+        plan: which units stay.
+        arrays: new values for stored tensors, in their original shapes (reconstructed weights).
+        copies: constants that normalisation copied, and of what; copies that end alike are merged again.
+
+    Raises:
+        CannotRepair: a size is stated in a way that no rule can mend.
+    """
+    graph, shapes = analysis.graph, analysis.shapes
+    kept = {
+        axis: np.setdiff1d(np.arange((shapes.shape(axis[0]) or ())[axis[1]]), gone)
+        for axis, gone in removed_positions(analysis, plan).items()
+    }
+    cut = _Cut(shapes, kept)
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    _slice_stored(model, graph, cut, arrays or {})
+    if kept:
+        _repair_nodes(model, analysis, cut)
+        _update_declared(model, cut)
+    _merge_copies(model, copies or {})
+    return model
+
+
+def _slice_stored(model: onnx.ModelProto, graph: Graph, cut: _Cut, arrays: Mapping[str, np.ndarray]) -> None:
+    touched = {name for name, _ in cut.kept if graph.is_stored(name)} | set(arrays)
+    protos = {t.name: t for t in model.graph.initializer if t.name in touched}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.output[0] in touched:
+            protos |= {node.output[0]: a.t for a in node.attribute if a.name == "value"}
+    for name, proto in protos.items():
+        array = graph.array(name)
+        if name in arrays:
+            array = arrays[name].astype(array.dtype)
+        for axis, left in enumerate(cut.of(name)):
+            if left is not None:
+                array = np.take(array, left, axis=axis)
+        new = numpy_helper.from_array(np.ascontiguousarray(array), proto.name)
+        new.doc_string = proto.doc_string
+        proto.CopyFrom(new)
+
+
+def _repair_nodes(model: onnx.ModelProto, analysis: Analysis, cut: _Cut) -> None:
+    graph, shapes = analysis.graph, analysis.shapes
+    count = range(len(shapes.probes))
+    sizes = SizeGraph(graph, shapes, lambda name, which: cut.new_shape(name, which))
+    # operands whose size is stated anew: what each has to hold at every probe
+    wanted: dict[tuple[int, int], list[np.ndarray]] = {}
+    for node in graph.nodes:
+        proto = model.graph.node[node.index]
+        row = row_for(node.domain, node.op, graph.opsets.get(node.domain, 1))
+        if row is not None and row.repair is not None and _touched(node, cut):
+            repairs = [row.repair(view(node, graph, shapes, which), _kept(node, cut)) for which in count]
+            _set_attributes(proto, repairs[0].attributes)
+            for k in repairs[0].inputs:
+                wanted[node.index, k] = [repair.inputs[k] for repair in repairs]
+        for k, name in enumerate(node.inputs):  # a size that is used as a value keeps its number
+            if name in sizes.boundary and (node.index, k) not in wanted and node.index not in sizes.inside:
+                wanted[node.index, k] = [shapes.probes[which].values[name] for which in count]
+    _Patcher(model, graph, shapes, sizes).apply(wanted)
+
+
+def _touched(node: Node, cut: _Cut) -> bool:
+    return any(left is not None for name in (*node.inputs, *node.outputs) if name for left in cut.of(name))
+
+
+def _kept(node: Node, cut: _Cut) -> Kept:
+    return Kept(
+        tuple(cut.of(n) if n else () for n in node.inputs), tuple(cut.of(n) if n else () for n in node.outputs)
+    )
+
+
+def _set_attributes(proto: onnx.NodeProto, attributes: Mapping[str, object]) -> None:
+    for name, value in attributes.items():
+        rest = [a for a in proto.attribute if a.name != name]
+        del proto.attribute[:]
+        proto.attribute.extend(rest)
+        if value is not None:
+            proto.attribute.append(onnx.helper.make_attribute(name, value))
+
+
+class _Patcher:
+    """Gives operands new values: in place, as a new constant, or element by element beside a computed one."""
+
+    def __init__(self, model: onnx.ModelProto, graph: Graph, shapes: Shapes, sizes: SizeGraph) -> None:
+        self.model = model
+        self.graph = graph
+        self.shapes = shapes
+        self.sizes = sizes
+        self.taken = {name for node in graph.nodes for name in node.outputs} | set(graph.initializers)
+        self.inserted: list[tuple[int, onnx.NodeProto]] = []
+
+    def apply(self, wanted: dict[tuple[int, int], list[np.ndarray]]) -> None:
+        for (index, operand), values in wanted.items():
+            self._give(self.graph.nodes[index], operand, values)
+        for index, node in sorted(self.inserted, key=lambda pair: pair[0], reverse=True):
+            self.model.graph.node.insert(index, node)
+
+    def _give(self, node: Node, operand: int, values: list[np.ndarray]) -> None:
+        proto = self.model.graph.node[node.index]
+        name = node.inputs[operand] if operand < len(node.inputs) else ""
+        same = all(np.array_equal(values[0], other) for other in values)
+        now = self._now(name)
+        if now is not None and all(np.array_equal(a, b) for a, b in zip(now, values, strict=True)):
+            return
+        if same:
+            new = self._constant(f"{name or node.label}_kept", values[0])
+        elif now is None:
+            raise self._refuse(node, name)
+        else:
+            new = self._mix(node, name, now, values)
+        while len(proto.input) <= operand:
+            proto.input.append("")
+        proto.input[operand] = new
+
+    def _now(self, name: str) -> list[np.ndarray] | None:
+        """What the operand would hold after the cut if it were left alone, at every probe."""
+        count = len(self.shapes.probes)
+        if not name:
+            return None
+        if self.graph.is_stored(name):
+            return [self.graph.array(name)] * count
+        if name in self.sizes.boundary:
+            return [self.sizes.after(name, which) for which in range(count)]
+        found = [p.values[name] for p in self.shapes.probes if name in p.values]
+        return found if len(found) == count else None
+
+    def _mix(self, node: Node, name: str, now: list[np.ndarray], values: list[np.ndarray]) -> str:
+        """Computed elements that are still right stay; static ones become numbers."""
+        static = np.all([v == values[0] for v in values], axis=0)
+        right = np.all([a == b for a, b in zip(now, values, strict=True)], axis=0)
+        if now[0].shape != values[0].shape or not (static | right).all():
+            raise self._refuse(node, name)
+        mask = self._constant(f"{name}_static", static & ~right)
+        numbers = self._constant(f"{name}_kept", np.where(static, values[0], 0).astype(values[0].dtype))
+        output = self._fresh(f"{name}_mended")
+        where = onnx.helper.make_node("Where", [mask, numbers, name], [output], name=output)
+        self.inserted.append((node.index, where))
+        return output
+
+    def _refuse(self, node: Node, name: str) -> CannotRepair:
+        target = node.outputs[0]
+        rank = len(self.shapes.shape(target) or ())
+        return CannotRepair(
+            f"{node.op} {node.label!r} takes sizes from {name!r}, which cannot be traced", target, tuple(range(rank))
+        )
+
+    def _constant(self, base: str, value: np.ndarray) -> str:
+        name = self._fresh(base)
+        if self.model.ir_version >= 4:
+            add_constant(self.model, numpy_helper.from_array(value, name))
+        else:
+            self.inserted.append(
+                (0, onnx.helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name)))
+            )
+        return name
+
+    def _fresh(self, base: str) -> str:
+        name, count = base, 1
+        while name in self.taken:
+            name, count = f"{base}_{count}", count + 1
+        self.taken.add(name)
+        return name
+
+
+def _update_declared(model: onnx.ModelProto, cut: _Cut) -> None:
+    """Declared shapes follow: of inner tensors, and of weights that are also listed as inputs."""
+    for value in (*model.graph.value_info, *model.graph.input):
+        if not value.type.HasField("tensor_type") or not cut.shapes.known(value.name):
+            continue
+        dims = value.type.tensor_type.shape.dim
+        for axis, left in enumerate(cut.of(value.name)):
+            if left is not None and axis < len(dims):
+                dims[axis].dim_value = len(left)
+
+
+def _merge_copies(model: onnx.ModelProto, copies: Mapping[str, str]) -> None:
+    """Constants that were copied for their users and came out the same are one again."""
+    tensors = {t.name: t for t in model.graph.initializer}
+    back = {
+        copy: origin
+        for copy, origin in copies.items()
+        if copy in tensors
+        and origin in tensors
+        and tensors[copy].dims == tensors[origin].dims
+        and np.array_equal(numpy_helper.to_array(tensors[copy]), numpy_helper.to_array(tensors[origin]))
+    }
+    for node in model.graph.node:
+        for k, name in enumerate(node.input):
+            if name in back:
+                node.input[k] = back[name]
+    rest = [t for t in model.graph.initializer if t.name not in back]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(rest)

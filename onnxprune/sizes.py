@@ -1,0 +1,98 @@
+"""Sizes that a model computes: the part of the graph that follows from Shape and constants alone.
+
+After a cut such values change, or do not change although they should. Which, is found by running that part of the graph
+on the new shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+
+from onnxprune.graph import Graph
+from onnxprune.probe import Shapes
+from onnxprune.runtime import Runtime
+
+
+class SizeGraph:
+    """The size-computing part of a graph, evaluated on new shapes.
+
+    Attributes:
+        inside: indices of the nodes that compute sizes.
+        boundary: tensors of the part that other nodes (or the graph's outputs) read.
+    """
+
+    def __init__(self, graph: Graph, shapes: Shapes, new_shape: Callable[[str, int], tuple[int, ...]]) -> None:
+        self.graph = graph
+        self.shapes = shapes
+        self.new_shape = new_shape
+        roots: dict[str, int] = {}
+        known: set[str] = set()
+        self.inside: set[int] = set()
+        for node in graph.nodes:
+            if node.domain or node.captured or not all(shapes.known(n) for n in node.inputs if n):
+                continue
+            seen = all(n in p.values for n in node.outputs if n for p in shapes.probes)
+            if node.op in ("Shape", "Size") and seen and node.inputs[0] not in graph.computed_from_constants:
+                roots[node.outputs[0]] = node.index
+            elif not (seen and all(n in known or n in graph.computed_from_constants for n in node.inputs if n)):
+                continue
+            elif not any(n in known for n in node.inputs):
+                continue
+            known.update(node.outputs)
+            self.inside.add(node.index)
+        self.roots = roots
+        self.boundary = {
+            name
+            for name in known - {""}
+            if name in graph.outputs or any(r.index not in self.inside for r in graph.consumers.get(name, ()))
+        }
+        self._after: dict[int, dict[str, np.ndarray]] = {}
+
+    def after(self, name: str, which: int) -> np.ndarray:
+        """The value of a boundary tensor on the new shapes, at one of the probes."""
+        if which not in self._after:
+            self._after[which] = self._evaluate(which)
+        return self._after[which][name]
+
+    def _evaluate(self, which: int) -> dict[str, np.ndarray]:
+        feeds = {}
+        for output, index in self.roots.items():
+            node = self.graph.nodes[index]
+            shape = np.array(self.new_shape(node.inputs[0], which), dtype=np.int64)
+            if node.op == "Size":
+                feeds[output] = np.array(shape.prod(), dtype=np.int64)
+            else:
+                start, end = node.attributes.get("start", 0), node.attributes.get("end")
+                feeds[output] = shape[start:end]
+        direct = {name: feeds[name] for name in self.boundary if name in feeds}
+        rest = sorted(self.boundary - set(direct))
+        if not rest:
+            return direct
+        return direct | dict(zip(rest, self._run(rest, feeds), strict=True))
+
+    def _run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        source = self.graph.model
+        part = onnx.ModelProto()
+        part.CopyFrom(source)
+        del part.graph.node[:], part.graph.input[:], part.graph.output[:], part.graph.value_info[:]
+        part.ir_version = max(part.ir_version, 4)
+        part.graph.input.extend(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, list(value.shape))
+            for name, value in feeds.items()
+        )
+        constant = self.graph.computed_from_constants
+        part.graph.node.extend(
+            proto
+            for index, proto in enumerate(source.graph.node)
+            if (index in self.inside and index not in self.roots.values())
+            or (proto.output and all(o in constant for o in proto.output if o))
+        )
+        part.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+        del part.graph.initializer[:]
+        used = {name for node in part.graph.node for name in node.input}
+        part.graph.initializer.extend(t for t in source.graph.initializer if t.name in used)
+        found = Runtime("cpu", 1).session(part, optimise=False).run(names, feeds)
+        return [np.asarray(value) for value in found]
