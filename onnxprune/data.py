@@ -62,7 +62,7 @@ _DEFAULT = Preprocessing()
 _KINDS = "an .npy or .npz file, a folder of images or of ONNX test data, or module:function"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Records to feed the model with, shuffled by the seed and read on demand.
 
@@ -232,17 +232,20 @@ def _from_file(path: Path, where: str, request: _Request) -> Calibration:
     try:
         with path.open("rb") as file:
             magic = file.read(6)
-        if not magic.startswith((b"\x93NUMPY", b"PK")):
-            found = "other content" if magic else "an empty file"
-            raise InputError(f"{where}: expected {_KINDS}, found {found}; try numpy.save or numpy.savez to write it")
-        if magic.startswith(b"PK"):
-            with np.load(path, allow_pickle=False) as archive:
-                keys, warnings = _match(archive.files, request, where)
-                arrays = {name: archive[key] for name, key in keys.items()}
-        else:
-            spec = request.only_input(where, "a single array")
-            keys, warnings = {}, ()
-            arrays = {spec.name: np.load(path, mmap_mode="r", allow_pickle=False)}
+            file.seek(0)
+            if magic.startswith(b"PK"):
+                with np.load(file, allow_pickle=False) as archive:
+                    keys, warnings = _match(archive.files, request, where)
+                    arrays = {name: archive[key] for name, key in keys.items()}
+            elif magic.startswith(b"\x93NUMPY"):
+                spec = request.only_input(where, "a single array")
+                keys, warnings = {}, ()
+                arrays = {spec.name: np.load(path, mmap_mode="r", allow_pickle=False)}
+            else:
+                found = "other content" if magic else "an empty file"
+                raise InputError(
+                    f"{where}: expected {_KINDS}, found {found}; try numpy.save or numpy.savez to write it"
+                )
     except InputError:
         raise
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
@@ -334,12 +337,12 @@ def _column(spec: InputSpec, values: Array, request: _Request, where: str) -> _C
             f"{where}: expected shape {shape_text(spec.shape)} for every record, or that with one leading axis more, "
             f"for input '{spec.name}', found {list(values.shape)}; try numpy.stack over the records"
         )
-    check_values(wanted, found, values.dtype, request.preprocessing, where)
-    if not constant and len(values) < max(batch, 1):
+    if not constant and values.ndim and len(values) < max(batch, 1):
         raise InputError(
             f"{where}: expected at least {max(batch, 1)} sample(s), as many as a batch of input '{spec.name}' "
             f"{shape_text(spec.shape)}, found {len(values)}; try more data"
         )
+    check_values(wanted, found, values.dtype, request.preprocessing, where)
     return _Column(spec, values, batch, constant, request.preprocessing, where)
 
 
@@ -415,9 +418,8 @@ def _from_items(items: Iterator[tuple[str, object]], where: str, name: str, requ
         raise InputError(f"{where}: expected at least one record, found {found}; try a source that yields more")
 
     digest = hashlib.sha256(name.encode())
-    for record in records:
-        for key, array in record.items():
-            digest.update(f"{key} {array.dtype} {array.shape}".encode() + array.tobytes())
+    for part in sorted(map(_record_digest, records)):  # whatever the order they were drawn in
+        digest.update(part)
 
     def read(spec: InputSpec, index: int) -> Array:
         return convert_values(spec, records[index][spec.name], request.preprocessing, f"{where}, input '{spec.name}'")
@@ -432,6 +434,13 @@ def _from_items(items: Iterator[tuple[str, object]], where: str, name: str, requ
         _readers={spec.name: partial(read, spec) for spec in request.inputs},
         _order=request.choose(len(records), None),
     )
+
+
+def _record_digest(record: Mapping[str, Array]) -> bytes:
+    digest = hashlib.sha256()
+    for name, array in record.items():
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.digest()
 
 
 def _guarded(items: Iterator[tuple[str, object]], where: str) -> Iterator[tuple[str, object]]:
@@ -566,7 +575,7 @@ def _random(request: _Request, dynamic: Mapping[str, Sequence[int]]) -> Calibrat
     names = [spec.name for spec in request.inputs]
     if unknown := [name for name in dynamic if name not in names]:
         raise InputError(
-            f"dynamic shapes: expected the inputs {_names(names)}, found {_names(unknown)}{_near(unknown, names)}"
+            f"dynamic shapes: expected the inputs {_names(names)}, found {_names(unknown)}; try those names"
         )
     shapes = {spec.name: _random_shape(spec, dynamic.get(spec.name)) for spec in request.inputs}
 
@@ -626,7 +635,7 @@ def _match(found: Sequence[str], request: _Request, where: str) -> tuple[dict[st
     if missing := [name for name in names if name not in keys]:
         raise InputError(
             f"{where}: expected arrays named {_names(names)}, as the model's inputs, found {_names(found) or 'none'}"
-            f"{_near(missing, found)}"
+            f"; try {_remedy(missing, others)}"
         )
     ignored = [key for key in others if key not in keys.values()]
     return keys, (f"{where}: {_names(ignored)} ignored: no input has that name",) if ignored else ()
@@ -640,11 +649,11 @@ def _matched(
     return {name: _array(values[key], f"{where}, key '{key}'") for name, key in keys.items()}, keys, warnings
 
 
-def _near(names: Sequence[str], candidates: Sequence[str]) -> str:
-    for name in names:
+def _remedy(missing: Sequence[str], candidates: Sequence[str]) -> str:
+    for name in missing:
         if close := difflib.get_close_matches(name, candidates, n=1):
-            return f"; is '{close[0]}' meant as '{name}'? Try to rename it"
-    return "; try those names"
+            return f"to rename '{close[0]}' to '{name}'"
+    return "the names of the inputs"
 
 
 def _names(names: Iterable[str]) -> str:
@@ -665,7 +674,8 @@ def _key_text(keys: Mapping[str, str]) -> str:
 
 
 def _count_text(used: int, total: int, batch: int, what: str = "samples") -> str:
-    unit = what if batch == 1 else f"records of {batch} {what}" if batch else "records"
+    unit = (what if batch == 1 else "records").removesuffix("s" if total == 1 else "")
+    unit += f" of {batch} {what}" if batch > 1 else ""
     return f"{used} {unit}" if used == total else f"{used} of {total} {unit}"
 
 

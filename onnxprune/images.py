@@ -30,6 +30,7 @@ Array = npt.NDArray[Any]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+_CHANNEL_AXIS = {"NCHW": 1, "NHWC": 3}
 _WARNED = 5  # unreadable images named one by one
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -106,6 +107,11 @@ def check_values(
     spec: InputSpec, shape: tuple[int, ...], dtype: np.dtype[Any], preprocessing: Preprocessing, where: str
 ) -> None:
     """Refuse data of a shape or type that cannot become the input; its first dimension counts, too."""
+    if 0 in shape:
+        raise InputError(
+            f"{where}: expected data for input '{spec.name}' {shape_text(spec.shape)}, found an empty array of shape "
+            f"{list(shape)}; try to leave it out"
+        )
     if takes_images(spec, dtype):
         if shape and spec.shape[0] not in (None, shape[0]):
             raise InputError(
@@ -166,7 +172,12 @@ def convert_values(spec: InputSpec, values: Array, preprocessing: Preprocessing,
 
 def model_layout(shape: tuple[int | None, ...]) -> str:
     """``NCHW`` or ``NHWC``: where a 4-D input keeps its channels; NCHW, as in ONNX, when in doubt."""
-    return "NHWC" if shape[3] in _CHANNELS and shape[1] not in _CHANNELS else "NCHW"
+    return "NHWC" if _channel_like(shape[3]) > _channel_like(shape[1]) else "NCHW"
+
+
+def _channel_like(size: int | None) -> int:
+    """Rank a dimension as one of channels: 1 and 3 before 4, which may be a small height as well."""
+    return 2 if size in (1, 3) else 1 if size == 4 else 0
 
 
 def _wanted_image(spec: InputSpec) -> tuple[int | None, int | None, int | None]:
@@ -193,8 +204,12 @@ def _data_layout(spec: InputSpec, shape: tuple[int, ...], where: str) -> str:
     if len(shape) == 3:
         return "NHW"
     layouts = sorted(
-        (name for name, axis in (("NCHW", 1), ("NHWC", 3)) if len(shape) == 4 and shape[axis] in _CHANNELS),
-        key=lambda name: (not _suits(spec, _image_size(name, shape)), name != model_layout(spec.shape)),
+        (name for name, axis in _CHANNEL_AXIS.items() if len(shape) == 4 and shape[axis] in _CHANNELS),
+        key=lambda name: (
+            not _suits(spec, _image_size(name, shape)),
+            -_channel_like(shape[_CHANNEL_AXIS[name]]),
+            name != model_layout(spec.shape),
+        ),
     )
     if not layouts:
         raise InputError(
@@ -356,9 +371,7 @@ def open_images(
         good.append(path)
         hashes[name] = hashlib.sha256(content).digest()
     if not good:
-        raise InputError(
-            f"{where}: expected images, found {len(bad)} that cannot be read, such as {bad[0]}; try others"
-        )
+        raise InputError(f"{where}: expected images, found {len(bad)} unreadable, such as {bad[0]}; try others")
     _check_images(spec, (1, *size), preprocessing, where)
 
     digest = hashlib.sha256(folder.name.encode())

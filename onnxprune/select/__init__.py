@@ -1,0 +1,9 @@
+"""Which channels: statistics in, a kept set for every width out."""
+
+from __future__ import annotations
+
+from onnxprune.select.greedy import greedy
+from onnxprune.select.lasso import lasso
+from onnxprune.select.problem import Problem, Ranking, ordered
+
+__all__ = ["Problem", "Ranking", "greedy", "lasso", "ordered"]
