@@ -309,6 +309,18 @@ class CostModel:
         result: np.ndarray = self.coefficient * sizes[self.rows].prod(axis=1)
         return result
 
+    def along(self, kept: np.ndarray, group: int, candidates: np.ndarray) -> np.ndarray:
+        """Multiply-accumulates of the whole model as one group's count runs over the candidates."""
+        kept = np.asarray(kept, dtype=np.float64)
+        sizes = self.base + self.slope @ kept
+        moved = self.slope[:, group] != 0
+        touched = moved[self.rows].any(axis=1)
+        rest = float((self.coefficient[~touched] * sizes[self.rows[~touched]].prod(axis=1)).sum())
+        shift = self.slope[:, group] * (np.asarray(candidates, dtype=np.float64)[:, None] - kept[group])
+        varied = (sizes + shift)[:, self.rows[touched]].prod(axis=2)
+        result: np.ndarray = rest + varied @ self.coefficient[touched]
+        return result
+
     def macs(self, kept: np.ndarray) -> float:
         """Multiply-accumulates of the whole model for these kept counts."""
         return float(self.per_term(kept).sum())

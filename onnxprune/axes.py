@@ -7,15 +7,16 @@ One line describes an operator::
 
 A letter is an axis or a factor of one; parentheses hold the product of factors, outermost first; ``*`` is the remaining
 axes, untouched and unclaimed; ``1`` is an axis of size one that is broadcast; ``!`` marks a factor whose values are mixed
-together, so that a part of it cannot be taken out exactly; ``@`` is an axis whose positions are related one by one through
-an `IndexMap` (Concat, Split, Slice, Gather, Pad). A letter stands for the same index wherever it appears.
+together, so that a part of it cannot be taken out exactly; ``~`` one that is summed over, so that a part can be taken out
+where it is zero; ``@`` is an axis whose positions are related one by one through an `IndexMap` (Concat, Split, Slice,
+Gather, Pad). A letter stands for the same index wherever it appears.
 
 This module knows arrays and letters, and nothing of ONNX.
 
 >>> str(parse("n (g c) *, (g o) c * -> n (g o) *"))
 'n (g c) *, (g o) c * -> n (g o) *'
->>> bind(parse("n (g c) *, (g o) c *, (g o) -> n (g o) *"), [(2, 8, 5), (6, 4, 3), (6,)], [(2, 6, 3)]).sizes
-{'n': 2, 'g': 2, 'c': 4, 'o': 3}
+>>> sorted(bind(parse("n (g c) *, (g o) c *, (g o) -> n (g o) *"), [(2, 8, 5), (6, 4, 3), (6,)], [(2, 6, 3)]).sizes.items())
+[('c', 4), ('g', 2), ('n', 2), ('o', 3)]
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ class Axis:
 
     letters: Letters = ()
     mixed: frozenset[str] = frozenset()
+    summed: frozenset[str] = frozenset()
     token: str = ""
 
     def __str__(self) -> str:
         if self.token:
             return self.token
-        words = [("!" if letter in self.mixed else "") + letter for letter in self.letters]
+        words = [("!" if x in self.mixed else "~" if x in self.summed else "") + x for x in self.letters]
         return words[0] if len(words) == 1 else f"({' '.join(words)})"
 
 
@@ -94,52 +96,63 @@ class BoundAxis:
 
     letters: Letters
     claimed: bool
-    mixed: bool
+    mixed: frozenset[str] = frozenset()
+    summed: frozenset[str] = frozenset()
     mapped: bool = False
 
 
 @dataclass(frozen=True)
 class BoundRelation:
-    """A relation bound to concrete shapes: per operand one `BoundAxis` per axis; letters of size one are gone."""
+    """A relation bound to concrete shapes: per operand one `BoundAxis` per axis; letters of size one are gone.
+
+    ``zero`` says when a slice of the outputs is zero: one of its clauses holds, that is, the slice is zero in all inputs
+    that the clause names. ``silenced`` are the inputs whose removed slices are made zero: stored weights.
+    """
 
     inputs: tuple[tuple[BoundAxis, ...], ...]
     outputs: tuple[tuple[BoundAxis, ...], ...]
     sizes: dict[str, int]
     maps: tuple[IndexMap, ...] = field(default=())
+    zero: tuple[tuple[int, ...], ...] = ()
+    silenced: frozenset[int] = frozenset()
 
 
-_TOKEN = re.compile(r"\s*(\(|\)|[*1@]|!?[a-z][a-z0-9_]*)")
+_TOKEN = re.compile(r"\s*(\(|\)|[*1@]|[!~]?[a-z][a-z0-9_]*)")
+
+
+def _axis(words: Sequence[str]) -> Axis:
+    marked = {mark: frozenset(w[1:] for w in words if w[0] == mark) for mark in "!~"}
+    return Axis(tuple(w.lstrip("!~") for w in words), marked["!"], marked["~"])
 
 
 def _parse_operand(text: str) -> Operand:
     axes: list[Axis] = []
     group: list[str] | None = None
-    mixed: set[str] = set()
-    at = 0
-    while at < len(text.rstrip()):
+    at, end = 0, len(text.rstrip())
+    while at < end:
         match = _TOKEN.match(text, at)
         if match is None:
             raise NotationError(f"cannot read {text!r} at column {at}")
         token, at = match.group(1), match.end()
         if token == "(":
-            group, mixed = [], set()
+            if group is not None:
+                raise NotationError(f"nested parentheses in {text!r}")
+            group = []
         elif token == ")":
             if group is None:
                 raise NotationError(f"unbalanced ')' in {text!r}")
-            axes.append(Axis(tuple(group), frozenset(mixed)))
+            if not group:
+                raise NotationError(f"empty parentheses in {text!r}")
+            axes.append(_axis(group))
             group = None
         elif token in "*1@":
             if group is not None:
                 raise NotationError(f"{token!r} within parentheses in {text!r}")
             axes.append(Axis(token=token))
+        elif group is None:
+            axes.append(_axis([token]))
         else:
-            letter = token.lstrip("!")
-            if group is None:
-                axes.append(Axis((letter,), frozenset({letter} if token[0] == "!" else ())))
-            else:
-                group.append(letter)
-                if token[0] == "!":
-                    mixed.add(letter)
+            group.append(token)
     if group is not None:
         raise NotationError(f"unbalanced '(' in {text!r}")
     if sum(axis.token == "*" for axis in axes) > 1:
@@ -227,7 +240,8 @@ def bind(
             BoundAxis(
                 tuple(x for x in axis.letters if known[x] > 1),
                 claimed=bool(axis.letters) or axis.token == "@",
-                mixed=any(known[x] > 1 for x in axis.mixed),
+                mixed=frozenset(x for x in axis.mixed if known[x] > 1),
+                summed=frozenset(x for x in axis.summed if known[x] > 1),
                 mapped=axis.token == "@",
             )
             for axis in axes

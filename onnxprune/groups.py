@@ -144,6 +144,7 @@ class _Builder:
         self.seed_of = np.full(self.positions.total, -1, np.int64)
         self.seeds: list[Seed] = []
         self.splits: list[_Split] = []
+        self.zero: set[AxisId] = set()  # axes whose slices are zero in the silenced model
 
     def freeze(self, tensor: str, axis: int, seed: Seed) -> None:
         """Freeze a whole axis; the first reason stands."""
@@ -175,10 +176,56 @@ class _Builder:
                 if not bound.claimed:
                     reason = f"{statement.op} gives no rule for this axis"
                     self.freeze_statement(statement, reason, [(name, axis)])
-                elif bound.mixed:
-                    self.freeze_statement(statement, f"{statement.op} mixes the values of this axis", [(name, axis)])
-        self._relate_letters(statement, relation, [(a, b.letters) for a, b in occurrences if b.claimed and b.letters])
+        whole: dict[str, str] = {}  # letters that cannot be cut, and why
+        for _, bound in occurrences:
+            whole |= dict.fromkeys(sorted(bound.mixed), f"{statement.op} mixes the values of this axis")
+            reason = f"{statement.op} sums over this axis, and a silenced channel is not zero there"
+            whole |= {x: reason for x in sorted(bound.summed) if not self._is_zero(statement, relation, x)}
+        for axis_id, bound in occurrences:
+            if bound.letters and set(bound.letters) <= set(whole):
+                self.freeze_statement(statement, whole[bound.letters[0]], [axis_id])
+        lettered = [(a, b.letters) for a, b in occurrences if b.claimed and b.letters]
+        self._relate_letters(statement, relation, lettered, frozenset(whole))
         self._relate_maps(statement, relation)
+        self._note_zeros(statement, relation)
+
+    def _is_zero(self, statement: Statement, relation: BoundRelation, letter: str) -> bool:
+        """Whether, in some input, the slices along the letter are zero when silenced."""
+        return any(
+            k in relation.silenced or (name, axis) in self.zero
+            for k, name in enumerate(statement.inputs)
+            if name and k < len(relation.inputs)
+            for axis, bound in enumerate(relation.inputs[k])
+            if letter in bound.letters
+        )
+
+    def _note_zeros(self, statement: Statement, relation: BoundRelation) -> None:
+        """Note the output axes whose silenced slices are zero: a clause of the relation holds for every letter."""
+
+        def holds(operand: int, letter: str) -> bool:
+            name = statement.inputs[operand] if operand < len(relation.inputs) else ""
+            return not name or any(
+                operand in relation.silenced or (name, axis) in self.zero
+                for axis, bound in enumerate(relation.inputs[operand])
+                if letter in bound.letters
+            )
+
+        def mapped(operand: int) -> bool:
+            name = statement.inputs[operand] if operand < len(relation.inputs) else ""
+            return not name or any(
+                bound.mapped and (operand in relation.silenced or (name, axis) in self.zero)
+                for axis, bound in enumerate(relation.inputs[operand])
+            )
+
+        for name, operand in zip(statement.outputs, relation.outputs, strict=True):
+            for axis, bound in enumerate(operand):
+                if name and any(
+                    all(mapped(k) for k in clause)
+                    if bound.mapped
+                    else bound.letters and all(holds(k, letter) for letter in bound.letters for k in clause)
+                    for clause in relation.zero
+                ):
+                    self.zero.add((name, axis))
 
     def _axes(self, tensor: str) -> list[int]:
         axes = []
@@ -198,14 +245,18 @@ class _Builder:
                 self.edges.join(start + here, origin + index_map.position[here])
 
     def _relate_letters(
-        self, statement: Statement, relation: BoundRelation, axes: list[tuple[AxisId, tuple[str, ...]]]
+        self,
+        statement: Statement,
+        relation: BoundRelation,
+        axes: list[tuple[AxisId, tuple[str, ...]]],
+        whole: frozenset[str],
     ) -> None:
-        atoms, sizes = _atoms([letters for _, letters in axes], relation.sizes)
+        atoms, sizes = _atoms([letters for _, letters in axes], relation.sizes, whole)
+        stiff = {name for name in sizes if set(name.split("+")) <= whole}
         placed = [(self.positions.offset[axis], atoms[letters]) for axis, letters in axes]
         conflicts = {frozenset((a, b)) for _, word in placed for a in word for b in word if a != b}
         contested = {letter for pair in conflicts for letter in pair}
-        split = _Split(statement, sizes, [p for p in placed if set(p[1]) & contested], [], frozenset(contested))
-        for letter in {x for _, word in placed for x in word} - contested:
+        for letter in sorted({x for _, word in placed for x in word} - contested - stiff):
             first: np.ndarray | None = None
             for offset, word in placed:
                 if letter in word:
@@ -213,15 +264,16 @@ class _Builder:
                     if first is not None:
                         self.edges.join(first, here)
                     first = here if first is None else first
-        if contested:
-            split.alternatives = _independent_sets(sorted(contested), conflicts)
+        if contested - stiff:
+            split = _Split(statement, sizes, [p for p in placed if set(p[1]) & contested], [], frozenset(contested - stiff))
+            split.alternatives = _independent_sets(sorted(contested - stiff), conflicts)
             self.splits.append(split)
 
 
 def _atoms(
-    words: list[tuple[str, ...]], sizes: dict[str, int]
+    words: list[tuple[str, ...]], sizes: dict[str, int], whole: frozenset[str]
 ) -> tuple[dict[tuple[str, ...], tuple[str, ...]], dict[str, int]]:
-    """Letters that only ever occur side by side, in the same order, become one letter."""
+    """Letters that only ever occur side by side, in the same order, become one; those that cannot be cut stay apart."""
     follows: dict[str, set[str | None]] = {}
     precedes: dict[str, set[str | None]] = {}
     for word in words:
@@ -236,7 +288,8 @@ def _atoms(
         for k, letter in enumerate(word):
             run.append(letter)
             after = word[k + 1] if k + 1 < len(word) else None
-            if after is not None and follows[letter] == {after} and precedes[after] == {letter}:
+            beside = after is not None and follows[letter] == {after} and precedes[after] == {letter}
+            if beside and (letter in whole) == (after in whole):
                 continue
             name = "+".join(run)
             out.append(name)

@@ -31,7 +31,7 @@ class Layer:
     node: Node
     data: str
     weight: str
-    bias: str  # empty where there is none
+    bias: str  # empty where there is none; of a MatMul, what the Add behind it adds
     data_axis: int
     weight_axis: int  # the contracted axis of the weight (of one group)
     out_axis: int  # of the weight; the one that makes the output's channels
@@ -83,7 +83,18 @@ def layer_of(node: Node, graph: Graph) -> Layer | None:
         return Layer(node, data, weight, bias, 1, contracted, 1 - contracted, output, 1, 1)
     if rank != 2:
         return None
-    return Layer(node, data, weight, "", -1, 0, 1, output, -1, 1)
+    return Layer(node, data, weight, _added_bias(node, graph), -1, 0, 1, output, -1, 1)
+
+
+def _added_bias(node: Node, graph: Graph) -> str:
+    """The stored vector that the only reader of a matrix product adds to it; empty where there is none."""
+    readers = graph.consumers.get(node.outputs[0], ())
+    if len(readers) != 1 or readers[0].op != "Add" or node.outputs[0] in graph.outputs:
+        return ""
+    other = [name for name in readers[0].inputs if name != node.outputs[0]]
+    width = graph.stored(node.inputs[1]).dims[1]
+    fits = len(other) == 1 and graph.is_stored(other[0]) and list(graph.stored(other[0]).dims) == [width]
+    return other[0] if fits else ""
 
 
 def contracted_axes(node: Node, relation: BoundRelation | Refusal) -> set[AxisId]:

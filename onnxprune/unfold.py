@@ -1,63 +1,126 @@
-"""A layer as a matrix product: rows of its unfolded input, its weights as a matrix.
+"""A layer as a matrix product: rows of its unfolded input, its weights as matrices.
 
-Columns are ordered channel by channel, the kernel taps of a channel side by side, and a column of ones last.
+Columns are ordered channel by channel, the kernel taps of a channel side by side, and a column of ones last. A grouped
+convolution is one such product per group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from onnxprune.layers import Layer
+
 
 @dataclass(frozen=True)
-class Geometry:
-    """How a convolution reads its input; a matrix product is one with no spatial axes."""
+class Unfolding:
+    """How a layer reads its input. Convolutions have a kernel; a matrix product has none.
+
+    ``kernel``, ``strides``, ``dilations`` have one entry per spatial axis; ``pads`` the befores only.
+    """
 
     kernel: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
-    pads: tuple[int, ...] = ()  # befores, then afters
     dilations: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
     group: int = 1
+    transposed: bool = False
 
     @property
     def taps(self) -> int:
         """Kernel taps per channel."""
         return int(np.prod(self.kernel, dtype=np.int64))
 
+    @staticmethod
+    def of(layer: Layer, weight_shape: tuple[int, ...], in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> Unfolding:
+        """The unfolding of a layer, with ``auto_pad`` resolved from its shapes."""
+        if layer.node.op not in ("Conv", "ConvTranspose"):
+            return Unfolding()
+        attributes = layer.node.attributes
+        kernel = tuple(weight_shape[2:])
+        rank = len(kernel)
+        strides = tuple(attributes.get("strides") or [1] * rank)
+        dilations = tuple(attributes.get("dilations") or [1] * rank)
+        transposed = layer.node.op == "ConvTranspose"
+        auto = attributes.get("auto_pad", "NOTSET")
+        auto = auto.decode() if isinstance(auto, bytes) else auto
+        pads = tuple(attributes.get("pads") or [0] * (2 * rank))[:rank]
+        extra = tuple(attributes.get("output_padding") or [0] * rank)
+        if auto == "VALID":
+            pads = (0,) * rank
+        elif auto != "NOTSET" or attributes.get("output_shape"):
+            before = []
+            for a in range(rank):
+                small, large = (out_shape, in_shape) if transposed else (in_shape, out_shape)
+                reach = (large[2 + a] - 1) * strides[a] + (kernel[a] - 1) * dilations[a] + 1
+                total = max(reach + (extra[a] if transposed else 0) - small[2 + a], 0)
+                low = auto == "SAME_LOWER" if not transposed else auto == "SAME_UPPER"
+                before.append(total - total // 2 if low else total // 2)
+            pads = tuple(before)
+        return Unfolding(kernel, strides, dilations, pads, layer.group, transposed)
 
-def conv_geometry(attributes: Mapping[str, Any], kernel: tuple[int, ...], in_shape: tuple[int, ...]) -> Geometry:
-    """Geometry of a Conv from its attributes, ``auto_pad`` resolved for an input of this shape."""
-    rank = len(kernel)
-    strides = tuple(attributes.get("strides") or [1] * rank)
-    dilations = tuple(attributes.get("dilations") or [1] * rank)
-    auto = attributes.get("auto_pad", "NOTSET")
-    auto = auto.decode() if isinstance(auto, bytes) else auto
-    pads = tuple(attributes.get("pads") or [0] * (2 * rank))
-    if auto == "VALID":
-        pads = (0,) * (2 * rank)
-    elif auto in ("SAME_UPPER", "SAME_LOWER"):
-        before, after = [], []
-        for size, k, s, d in zip(in_shape[2:], kernel, strides, dilations, strict=True):
-            total = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
-            small, large = total // 2, total - total // 2
-            before.append(small if auto == "SAME_UPPER" else large)
-            after.append(large if auto == "SAME_UPPER" else small)
-        pads = (*before, *after)
-    return Geometry(tuple(kernel), strides, pads, dilations, int(attributes.get("group", 1)))
+    def _sources(self, positions: np.ndarray, spatial: tuple[int, ...], out: tuple[int, ...]) -> np.ndarray:
+        """Flat input index behind every (output position, tap); the number of inputs where there is none."""
+        where = np.unravel_index(positions, out)
+        tap = np.unravel_index(np.arange(self.taps), self.kernel)
+        index = np.zeros((len(positions), self.taps), np.int64)
+        inside = np.ones(index.shape, bool)
+        for a, size in enumerate(spatial):
+            place, offset = where[a][:, None], tap[a][None, :] * self.dilations[a]
+            if self.transposed:
+                numerator = place + self.pads[a] - offset
+                at = numerator // self.strides[a]
+                inside &= numerator % self.strides[a] == 0
+            else:
+                at = place * self.strides[a] - self.pads[a] + offset
+            inside &= (at >= 0) & (at < size)
+            index = index * size + at
+        return np.where(inside, index, int(np.prod(spatial)))
+
+    def rows(self, x: np.ndarray, positions: np.ndarray, out: tuple[int, ...]) -> np.ndarray:
+        """Unfold an input at some flat output positions.
+
+        Args:
+            x: input, (n, channels, *spatial) or (n, ..., channels).
+            positions: flat positions on the output's inner axes, the same for every sample, (p,).
+            out: spatial sizes of the output.
+
+        Returns:
+            (group, n * p, channels / group * taps + 1); the last column is one.
+        """
+        n = x.shape[0]
+        if not self.kernel:
+            picked = x.reshape(n, -1, x.shape[-1])[:, positions].reshape(1, -1, x.shape[-1])
+        else:
+            channels, spatial = x.shape[1], x.shape[2:]
+            index = self._sources(positions, spatial, out)
+            flat = np.concatenate([x.reshape(n, channels, -1), np.zeros((n, channels, 1), x.dtype)], axis=2)
+            taken = np.take(flat, index.ravel(), axis=2)
+            taken = taken.reshape(n, self.group, channels // self.group, len(positions), self.taps)
+            picked = taken.transpose(1, 0, 3, 2, 4).reshape(self.group, n * len(positions), -1)
+        rows = np.ones((*picked.shape[:2], picked.shape[2] + 1), dtype=np.promote_types(x.dtype, np.float32))
+        rows[:, :, :-1] = picked
+        return rows
+
+    def targets(self, y: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """An output (n, o, *spatial) or (n, ..., o) at the same positions: (group, n * p, o / group)."""
+        n = y.shape[0]
+        dtype = np.promote_types(y.dtype, np.float32)
+        if not self.kernel:
+            return y.reshape(n, -1, y.shape[-1])[:, positions].reshape(1, -1, y.shape[-1]).astype(dtype, copy=False)
+        picked = y.reshape(n, self.group, y.shape[1] // self.group, -1)[:, :, :, positions]
+        return picked.transpose(1, 0, 3, 2).reshape(self.group, n * len(positions), -1).astype(dtype, copy=False)
+
+    def columns(self, slots: np.ndarray) -> np.ndarray:
+        """Columns of some slots of the contracted weight axis: (..., s) -> (..., s * taps)."""
+        wide = slots[..., None] * self.taps + np.arange(self.taps)
+        return wide.reshape(*slots.shape[:-1], -1)
 
 
-def out_spatial(geometry: Geometry, spatial: tuple[int, ...]) -> tuple[int, ...]:
-    """Spatial output size of a convolution."""
-    rank = len(geometry.kernel)
-    return tuple(
-        (spatial[a] + geometry.pads[a] + geometry.pads[a + rank] - (geometry.kernel[a] - 1) * geometry.dilations[a] - 1)
-        // geometry.strides[a]
-        + 1
-        for a in range(rank)
-    )
+def out_positions(layer: Layer, out_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of the axes of a layer's output that are neither batch nor channel."""
+    return tuple(out_shape[2:]) if layer.node.op in ("Conv", "ConvTranspose") else tuple(out_shape[1:-1])
 
 
 def sample_positions(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -67,56 +130,27 @@ def sample_positions(total: int, count: int, rng: np.random.Generator) -> np.nda
     return np.sort(rng.choice(total, count, replace=False))
 
 
-def conv_rows(x: np.ndarray, geometry: Geometry, positions: np.ndarray) -> np.ndarray:
-    """Unfold the input of a convolution at some flat output positions.
-
-    Args:
-        x: input, (n, channels, *spatial).
-        geometry: of the convolution.
-        positions: flat output positions, the same for every image, (p,).
-
-    Returns:
-        (group, n * p, channels / group * taps + 1); the last column is one.
-    """
-    n, channels, *spatial = x.shape
-    rank = len(geometry.kernel)
-    if any(geometry.pads):
-        before, after = geometry.pads[:rank], geometry.pads[rank:]
-        x = np.pad(x, [(0, 0), (0, 0), *zip(before, after, strict=True)])
-    padded = x.shape[2:]
-    out = out_spatial(geometry, tuple(spatial))
-    corner = np.zeros(len(positions), np.int64)
-    taps = np.zeros(geometry.taps, np.int64)
-    where = np.unravel_index(positions, out)
-    tap = np.unravel_index(np.arange(geometry.taps), geometry.kernel)
-    for a in range(rank):
-        corner = corner * padded[a] + where[a] * geometry.strides[a]
-        taps = taps * padded[a] + tap[a] * geometry.dilations[a]
-    index = corner[:, None] + taps[None, :]  # (p, taps)
-    flat = x.reshape(n, channels, -1)
-    group, p, t = geometry.group, len(positions), geometry.taps
-    picked = flat[:, :, index.ravel()].reshape(n, group, channels // group, p, t)
-    columns = channels // group * t
-    rows = np.ones((group, n * p, columns + 1), dtype=x.dtype)
-    rows[:, :, :-1] = picked.transpose(1, 0, 3, 2, 4).reshape(group, n * p, columns)
-    return rows
+def to_matrices(layer: Layer, weight: np.ndarray) -> np.ndarray:
+    """A weight as matrices (group, channels / group * taps, outputs / group), in float64."""
+    g = layer.group
+    if layer.node.op == "Conv":
+        o, c = weight.shape[:2]
+        found = weight.reshape(g, o // g, c, -1).transpose(0, 2, 3, 1).reshape(g, -1, o // g)
+    elif layer.node.op == "ConvTranspose":
+        c, o = weight.shape[:2]
+        found = weight.reshape(g, c // g, o, -1).transpose(0, 1, 3, 2).reshape(g, -1, o)
+    else:
+        found = (weight if layer.weight_axis == 0 else weight.T)[None]
+    return found.astype(np.float64)
 
 
-def conv_targets(y: np.ndarray, geometry: Geometry, positions: np.ndarray) -> np.ndarray:
-    """The output of a convolution at the same positions: (group, n * p, outputs / group)."""
-    n, outputs = y.shape[:2]
-    picked = y.reshape(n, geometry.group, outputs // geometry.group, -1)[:, :, :, positions]
-    return np.ascontiguousarray(picked.transpose(1, 0, 3, 2).reshape(geometry.group, n * len(positions), -1))
-
-
-def matrix_rows(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Rows of a matrix product's input (n, ..., k) at flat positions of the middle axes: (1, n * p, k + 1)."""
-    picked = x.reshape(x.shape[0], -1, x.shape[-1])[:, positions]
-    rows = np.ones((1, picked.shape[0] * picked.shape[1], x.shape[-1] + 1), dtype=x.dtype)
-    rows[0, :, :-1] = picked.reshape(-1, x.shape[-1])
-    return rows
-
-
-def matrix_targets(y: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The output of a matrix product at the same positions: (1, n * p, o)."""
-    return np.ascontiguousarray(y.reshape(y.shape[0], -1, y.shape[-1])[:, positions].reshape(1, -1, y.shape[-1]))
+def from_matrices(layer: Layer, matrices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `to_matrices`, to the weight's shape."""
+    g = layer.group
+    if layer.node.op == "Conv":
+        o, c = shape[:2]
+        return matrices.reshape(g, c, -1, o // g).transpose(0, 3, 1, 2).reshape(shape)
+    if layer.node.op == "ConvTranspose":
+        c, o = shape[:2]
+        return matrices.reshape(g, c // g, -1, o).transpose(0, 1, 3, 2).reshape(shape)
+    return matrices[0] if layer.weight_axis == 0 else matrices[0].T

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,10 @@ class Repair:
 
 Describe = Callable[[OpView], Relation | Refusal]
 Mend = Callable[[OpView, Kept], Repair]
+Clauses = tuple[tuple[int, ...], ...]
+ALL: Clauses = ((-1,),)  # a slice of the output is zero where it is zero in every input
+FIRST: Clauses = ((0,),)  # ... in the first input; the others are limits, sizes, indices
+EITHER: Clauses = ((0,), (1,))  # ... in one of two inputs
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ class Row:
     """One row of the table.
 
     ``weights`` are the inputs whose removed slices are silenced by zeros: an exact zero there makes the operator compute
-    as if the channel were not there. ``sizes`` gives letters that shapes do not determine.
+    as if the channel were not there. ``sizes`` gives letters that shapes do not determine. ``zero`` says when a slice of
+    the outputs is zero (see `onnxprune.axes.BoundRelation`); never, unless it says so.
     """
 
     describe: Describe | str
@@ -96,6 +101,7 @@ class Row:
     repair: Mend | None = None
     sizes: Callable[[OpView], dict[str, int]] | None = None
     weights: tuple[int, ...] = ()
+    zero: Clauses | Callable[[OpView], Clauses] = ()
 
 
 Table = dict[tuple[str, str], list[Row]]
@@ -114,9 +120,9 @@ def row_for(domain: str, op: str, version: int) -> Row | None:
     return max(rows, key=lambda row: row.since) if rows else None
 
 
-def describe(op: OpView) -> BoundRelation | Refusal:
-    """What the table says about one operator call, bound to its shapes."""
-    row = row_for(op.domain, op.op, op.version)
+def describe(op: OpView, row: Row | None = None) -> BoundRelation | Refusal:
+    """What the table (or a given row) says about one operator call, bound to its shapes."""
+    row = row or row_for(op.domain, op.op, op.version)
     if row is None:
         name = f"{op.domain}.{op.op}" if op.domain else op.op
         return Refusal(f"no rule for operator {name}")
@@ -127,9 +133,14 @@ def describe(op: OpView) -> BoundRelation | Refusal:
     ins = [None if s is None else tuple(axis[0] for axis in s) for s in op.in_sizes]
     outs = [None if s is None else tuple(axis[0] for axis in s) for s in op.out_sizes]
     try:
-        return bind(relation, ins, outs, sizes)
+        bound = bind(relation, ins, outs, sizes)
     except NotationError as error:
         return Refusal(f"the rule of {op.op} does not fit this call ({error})")
+    zero = row.zero(op) if callable(row.zero) else row.zero
+    if zero == ALL:
+        zero = (tuple(range(len(ins))),)
+    silenced = frozenset(k for k in row.weights if k < len(op.constant) and op.constant[k])
+    return replace(bound, zero=zero, silenced=silenced)
 
 
 def letters(shape: Sequence[int], prefix: str = "a") -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxprune.axes import IndexMap, Refusal, Relation, factor
-from onnxprune.rules.base import Kept, OpView, Repair, Row, Table, add, along, broadcast, letters, relate
+from onnxprune.rules.base import ALL, FIRST, Clauses, Kept, OpView, Repair, Row, Table, add, along, broadcast, letters, relate
 
 # ------------------------------------------------------------------------------------------------ reshapes
 
@@ -95,8 +95,8 @@ def _mend_resize(op: OpView, kept: Kept) -> Repair:
 
 
 def _depth_to_space(op: OpView) -> Relation | Refusal:
-    order = "(c r s)" if op.attributes.get("mode", "DCR") in ("CRD", b"CRD") else "(r s c)"
-    return relate([f"b {order} h w"], ["b c (h r) (w s)"])
+    order = "(c !r !s)" if op.attributes.get("mode", "DCR") in ("CRD", b"CRD") else "(!r !s c)"
+    return relate([f"b {order} h w"], ["b c (h !r) (w !s)"])
 
 
 def _block(op: OpView) -> dict[str, int]:
@@ -295,20 +295,27 @@ def _constant(op: OpView) -> Relation | Refusal:
     return relate([""], [" ".join(letters(op.out_shape()))])
 
 
+def _pad_of_zero(op: OpView) -> Clauses:
+    if op.attributes.get("mode", "constant") not in ("constant", b"constant"):
+        return FIRST
+    value = op.value(2, "value")
+    return FIRST if (value is None and not op.has(2)) or (value is not None and not np.any(value)) else ()
+
+
 def register(table: Table) -> None:
     """Add the rows of this file."""
-    add(table, "Reshape", Row(_reshape, repair=_mend_reshape))
-    add(table, "Flatten Squeeze Unsqueeze", Row(_reshape))
-    add(table, "Transpose", Row(_transpose))
-    add(table, "Expand", Row(_expand, repair=_mend_expand))
-    add(table, "Tile", Row(_same_where_equal))
-    add(table, "Resize Upsample", Row(_resize, repair=_mend_resize))
-    add(table, "DepthToSpace", Row(_depth_to_space, sizes=_block))
-    add(table, "SpaceToDepth", Row("b c (h r) (w s) -> b (r s c) h w", sizes=_block))
-    add(table, "Concat", Row(_concat))
-    add(table, "Split", Row(_split, repair=_mend_split))
-    add(table, "Slice", Row(_slice, repair=_mend_slice))
-    add(table, "Gather", Row(_gather, repair=_mend_gather))
-    add(table, "Pad", Row(_pad, repair=_mend_pad))
+    add(table, "Reshape", Row(_reshape, repair=_mend_reshape, zero=FIRST))
+    add(table, "Flatten Squeeze Unsqueeze", Row(_reshape, zero=FIRST))
+    add(table, "Transpose", Row(_transpose, zero=FIRST))
+    add(table, "Expand", Row(_expand, repair=_mend_expand, zero=FIRST))
+    add(table, "Tile", Row(_same_where_equal, zero=FIRST))
+    add(table, "Resize Upsample", Row(_resize, repair=_mend_resize, zero=FIRST))
+    add(table, "DepthToSpace", Row(_depth_to_space, sizes=_block, zero=FIRST))
+    add(table, "SpaceToDepth", Row("b c (h !r) (w !s) -> b (!r !s c) h w", sizes=_block, zero=FIRST))
+    add(table, "Concat", Row(_concat, zero=ALL))
+    add(table, "Split", Row(_split, repair=_mend_split, zero=FIRST))
+    add(table, "Slice", Row(_slice, repair=_mend_slice, zero=FIRST))
+    add(table, "Gather", Row(_gather, repair=_mend_gather, zero=FIRST))
+    add(table, "Pad", Row(_pad, repair=_mend_pad, zero=_pad_of_zero))
     add(table, "Shape Size", Row(_shape))
     add(table, "Constant", Row(_constant))

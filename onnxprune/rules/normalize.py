@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from onnxprune.axes import Refusal, Relation
-from onnxprune.rules.base import OpView, Row, Table, add, letters, relate
+from onnxprune.rules.base import FIRST, OpView, Row, Table, add, letters, relate
 
-REDUCTIONS = """
-ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
-"""
+SUMS = "ReduceL1 ReduceL2 ReduceSum ReduceSumSquare"
+MIXTURES = "ReduceMax ReduceMean ReduceMin ReduceProd"
 
 
 def _batch_normalization(op: OpView) -> Relation | Refusal:
@@ -28,7 +27,8 @@ def _reduce(op: OpView) -> Relation | Refusal:
         axes = set(range(rank))
     names = letters(op.in_shape(0))
     keep = bool(op.attributes.get("keepdims", 1))
-    source = " ".join(f"!{n}" if k in axes else n for k, n in enumerate(names))
+    mark = "~" if op.op in (*SUMS.split(), "ReduceLogSum") else "!"
+    source = " ".join(f"{mark}{n}" if k in axes else n for k, n in enumerate(names))
     result = " ".join("1" if k in axes else n for k, n in enumerate(names) if keep or k not in axes)
     return relate([source], [result])
 
@@ -61,10 +61,11 @@ def _spatial_pool(op: OpView) -> Relation | Refusal:
 def register(table: Table) -> None:
     """Add the rows of this file."""
     # a channel whose scale and bias are zero comes out as zero, whatever its mean and variance
-    add(table, "BatchNormalization", Row(_batch_normalization, weights=(1, 2)))
-    add(table, "InstanceNormalization", Row("n c *, c, c -> n c *", weights=(1, 2)))
+    add(table, "BatchNormalization", Row(_batch_normalization, weights=(1, 2), zero=((1, 2),)))
+    add(table, "InstanceNormalization", Row("n c *, c, c -> n c *", weights=(1, 2), zero=((1, 2),)))
     add(table, "LayerNormalization", Row(_layer_normalization, since=17))
     add(table, "Softmax LogSoftmax Hardmax", Row(_softmax))
-    add(table, REDUCTIONS, Row(_reduce))
-    add(table, "AveragePool LpPool MaxPool", Row(_spatial_pool))
-    add(table, "GlobalAveragePool GlobalLpPool GlobalMaxPool", Row("n c * -> n c *"))
+    add(table, f"{SUMS} {MIXTURES}", Row(_reduce, zero=FIRST))
+    add(table, "ReduceLogSum ReduceLogSumExp", Row(_reduce))
+    add(table, "AveragePool LpPool MaxPool", Row(_spatial_pool, zero=FIRST))
+    add(table, "GlobalAveragePool GlobalLpPool GlobalMaxPool", Row("n c * -> n c *", zero=FIRST))

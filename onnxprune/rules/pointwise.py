@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from onnxprune.axes import Refusal, Relation
-from onnxprune.rules.base import OpView, Row, Table, add, broadcast, relate
+from onnxprune.rules.base import ALL, EITHER, FIRST, Clauses, OpView, Row, Table, add, broadcast, relate
 
+# f(0) = 0
+UNARY_OF_ZERO = """
+Abs Asin Asinh Atan Atanh Cast CastLike Ceil Celu Dropout Elu Erf Floor Gelu HardSwish Identity LeakyRelu Mish Neg Relu Round
+Selu Shrink Sign Sin Sinh Softsign Sqrt Swish Tan Tanh
+"""
 UNARY = """
-Abs Acos Acosh Asin Asinh Atan Atanh Cast CastLike Ceil Celu Clip Cos Cosh Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish
-Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign
-Sqrt Swish Tan Tanh ThresholdedRelu BitwiseNot
+Acos Acosh BitwiseNot Cos Cosh Exp HardSigmoid IsInf IsNaN Log Not Reciprocal Sigmoid Softplus ThresholdedRelu
 """
 NARY = """
-Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or Pow
-Sub Sum Where Xor
+And BitShift BitwiseAnd BitwiseOr BitwiseXor Equal Greater GreaterOrEqual Less LessOrEqual Mod Or Pow Xor
 """
 
 
@@ -32,11 +34,22 @@ def _prelu(op: OpView) -> Relation | Refusal:
     return relate(broadcast([op.in_shape(0), op.in_shape(1)], op.out_shape()), broadcast([op.out_shape()], op.out_shape()))
 
 
+def _clip_of_zero(op: OpView) -> Clauses:
+    low, high = (None if v is None else float(v) for v in (op.value(1, "min"), op.value(2, "max")))
+    known = (low is not None or not op.has(1)) and (high is not None or not op.has(2))
+    return FIRST if known and (low or 0.0) <= 0.0 <= (high if high is not None else 0.0) else ()
+
+
 def register(table: Table) -> None:
     """Add the rows of this file."""
+    add(table, UNARY_OF_ZERO, Row(_unary, zero=FIRST))
     add(table, UNARY, Row(_unary))
+    add(table, "Clip", Row(_unary, zero=_clip_of_zero))
     # a bias beside a matrix product is silenced with it; the other operands scale or compare
+    add(table, "Add Sub", Row(_nary, weights=(0, 1), zero=ALL))
+    add(table, "Max Mean Min Sum", Row(_nary, zero=ALL))
+    add(table, "Mul", Row(_nary, zero=EITHER))
+    add(table, "Div", Row(_nary, zero=FIRST))
+    add(table, "Where", Row(_nary, zero=((1, 2),)))
     add(table, NARY, Row(_nary))
-    table[("", "Add")] = [Row(_nary, weights=(0, 1))]
-    table[("", "Sub")] = [Row(_nary, weights=(0, 1))]
-    add(table, "PRelu", Row(_prelu))
+    add(table, "PRelu", Row(_prelu, zero=FIRST))

@@ -1,0 +1,362 @@
+"""The pipeline, readable as a table of contents."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from onnxprune.analysis import Analysis, CostModel, analyse
+from onnxprune.biases import add_biases, drop_biases
+from onnxprune.compare import Comparison, compare, measure_fidelity
+from onnxprune.cost import measure_latency, params
+from onnxprune.data import Calibration, Preprocessing, load_calibration
+from onnxprune.errors import InputError, InternalError, UnreachableTarget
+from onnxprune.graph import Graph, digest, read_model, write_bytes
+from onnxprune.groups import Seed
+from onnxprune.layers import mac_term
+from onnxprune.normalise import normalise
+from onnxprune.pipeline import Chooser
+from onnxprune.plan import Plan, removed_positions
+from onnxprune.probe import Shapes, probe, random_feeds, run_probe
+from onnxprune.progress import Progress
+from onnxprune.report import (
+    Achieved,
+    DataEntry,
+    FrozenEntry,
+    GroupEntry,
+    Measures,
+    Report,
+    Target,
+)
+from onnxprune.rewrite import CannotRepair, rewrite
+from onnxprune.runtime import Runtime
+from onnxprune.selection import FROM_ACTIVATIONS, METHODS
+from onnxprune.verify import prove
+
+__all__ = ["Inspection", "Result", "analyze", "compare", "count_model_macs", "prune"]
+
+DEFAULT_SAMPLES = 2000
+_HELD_OUT_SHARE = 0.1
+_MOST_HELD_OUT = 500
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A pruned model, with the report and the plan that led to it."""
+
+    model: onnx.ModelProto
+    report: Report
+    plan: Plan
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the model, whole or not at all.
+
+        Raises:
+            InputError: the file exists and ``force`` is not given.
+        """
+        path = Path(path)
+        if path.exists() and not force:
+            raise InputError(f"{path} exists already; choose another name or overwrite it with force=True")
+        write_bytes(self.model.SerializeToString(), path)
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What may be removed from a model, before any data is looked at."""
+
+    analysis: Analysis
+    reachable: float  # the largest speed-up in multiply-accumulates
+
+
+def prune(
+    model: str | Path | onnx.ModelProto,
+    *,
+    speedup: float = 2.0,
+    data: object = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    threads: int = 0,
+    provider: str = "cpu",
+    select: str = "greedy",
+    reconstruct: bool = True,
+    only: str | None = None,
+    exclude: str | None = None,
+    best_effort: bool = False,
+    preprocessing: Preprocessing | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Make a smaller dense model that costs 1 / ``speedup`` of the multiply-accumulates and computes nearly the same.
+
+    Args:
+        model: a file, or the model itself.
+        speedup: multiply-accumulates before / after, counted on the model that comes out.
+        data: calibration data (see `onnxprune.data`); nothing means a neighbour of the file, or random data.
+        samples: how many of them to use.
+        batch_size: samples per run; chosen by memory if not given.
+        seed: of every random draw.
+        threads: of the runtime; 0 is its own choice.
+        provider: cpu, cuda, tensorrt, openvino, coreml or dml.
+        select: how channels are chosen: greedy, lasso, l1, slimming or random.
+        reconstruct: fit the remaining weights again by least squares.
+        only: regular expression; only layers with such a node name are made narrower.
+        exclude: regular expression; layers with such a node name are left as they are.
+        best_effort: go as far as possible where the speed-up cannot be reached.
+        preprocessing: how uint8 images become the model's input.
+        progress: receives the stages.
+
+    Raises:
+        InputError: the model, the data or an option cannot be used.
+        UnreachableTarget: the speed-up cannot be reached and ``best_effort`` is not given.
+        InternalError: the proof failed.
+    """
+    _check_options(speedup, select, samples, batch_size)
+    progress = progress or Progress()
+    runtime = Runtime(provider, threads)
+    with progress.stage("load"):
+        path = None if isinstance(model, onnx.ModelProto) else Path(model)
+        original = model if isinstance(model, onnx.ModelProto) else read_model(Path(model))
+        graph = _checked_graph(original, path, runtime)
+        calibration = load_calibration(
+            data,
+            graph.inputs,
+            model_path=path,
+            samples=samples or DEFAULT_SAMPLES,
+            seed=seed,
+            preprocessing=preprocessing or Preprocessing(),
+        )
+        fit_data, held_out = _split(calibration)
+    with progress.stage("groups"):
+        prepared = _prepare(graph, runtime, calibration, reconstruct, only, exclude)
+    analysis = prepared.analysis
+    cost = CostModel(analysis)
+    full, limit, floors = _target(analysis, cost, speedup, best_effort)
+    chooser = Chooser(analysis, fit_data, runtime, progress, select, seed, batch_size)
+    uses_data = reconstruct or select in FROM_ACTIVATIONS
+    if uses_data:
+        chooser.collect()
+    chooser.rank()
+    counts = chooser.allocate(limit, floors, measured=uses_data)
+    arrays: Mapping[str, np.ndarray] = {}
+    if reconstruct:
+        arrays = chooser.sweep(counts)
+    else:
+        chooser.choose(counts)
+    names = {info.group.index: info.name for info in analysis.groups}
+    plan = Plan(digest(original), {names[g]: tuple(int(i) for i in kept) for g, kept in sorted(chooser.kept.items())})
+    with progress.stage("prove"):
+        spare = [name for name in prepared.biases if name not in arrays]
+        sliced = rewrite(analysis, plan, copies=prepared.copies)
+        feeds = [p.feeds for p in analysis.shapes.probes]
+        proof = prove(analysis, plan, sliced, feeds, runtime)
+        pruned = rewrite(analysis, plan, arrays, prepared.copies)
+        drop_biases(pruned, spare)
+        _check_written(pruned)
+    with progress.stage("measure"):
+        batch = calibration.feeds([0])
+        times = measure_latency([original, pruned], batch, runtime)
+        fidelity = measure_fidelity(original, pruned, held_out, batch_size or 32, runtime)
+        before, after = (
+            Measures(int(round(macs)), params(m), m.ByteSize(), latency)
+            for macs, m, latency in (
+                (full, original, times[0]),
+                (cost.macs(plan.counts(analysis)), pruned, times[1]),
+            )
+        )
+    report = Report(
+        target=Target(speedup),
+        before=before,
+        after=after,
+        achieved=Achieved.of(before, after),
+        groups=tuple(
+            GroupEntry(g.name, g.units, len(plan.kept[g.name]), g.producers, g.consumers, chooser.errors.get(g.group.index))
+            for g in analysis.groups
+        ),
+        frozen=tuple(
+            FrozenEntry(f.reason, f.node, f.op, f.tensor, f.axis, f.channels, f.layers, f.macs) for f in analysis.frozen
+        ),
+        prunable_macs=analysis.prunable_macs,
+        removed=_removed(analysis, plan, graph, prepared),
+        proof=proof,
+        fidelity=fidelity,
+        data=DataEntry(calibration.source, len(calibration), calibration.digest, calibration.is_random),
+        seed=seed,
+        timings=dict(progress.timings),
+        versions=_versions(),
+        hashes={"model": plan.model, "pruned": digest(pruned), "data": calibration.digest},
+        warnings=(*calibration.warnings,),
+        options={"select": select, "reconstruct": reconstruct, "only": only, "exclude": exclude},
+    )
+    return Result(pruned, report, plan)
+
+
+def analyze(
+    model: str | Path | onnx.ModelProto,
+    *,
+    data: object = None,
+    only: str | None = None,
+    exclude: str | None = None,
+    threads: int = 0,
+    preprocessing: Preprocessing | None = None,
+) -> Inspection:
+    """Find what may be removed from a model; data only serve to know the sizes of dynamic inputs."""
+    runtime = Runtime("cpu", threads)
+    original = model if isinstance(model, onnx.ModelProto) else read_model(Path(model))
+    path = None if isinstance(model, onnx.ModelProto) else Path(model)
+    graph = _checked_graph(original, path, runtime)
+    calibration = None
+    if data is not None:
+        calibration = load_calibration(data, graph.inputs, samples=4, preprocessing=preprocessing or Preprocessing())
+    analysis = _prepare(graph, runtime, calibration, False, only, exclude).analysis
+    cost = CostModel(analysis)
+    least = cost.macs(np.ones(len(analysis.groups)))
+    return Inspection(analysis, analysis.macs / least if least else float("inf"))
+
+
+def count_model_macs(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None = None) -> int:
+    """Multiply-accumulates of a model for one sample, counted on its graph at concrete shapes."""
+    graph = Graph(model)
+    runtime = Runtime("cpu", 0)
+    nominal = _nominal(graph, runtime, data)
+    total = 0.0
+    for node in graph.nodes:
+        term = mac_term(node, nominal)
+        if term is not None:
+            sizes = [(nominal.shape(name) or ())[axis] for name, axis in term.axes]
+            total += term.coefficient * float(np.prod(sizes))
+    return int(round(total))
+
+
+# ------------------------------------------------------------------------------------------------------ the parts
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    analysis: Analysis
+    copies: Mapping[str, str]
+    biases: tuple[str, ...]
+
+
+def _check_options(speedup: float, select: str, samples: int | None, batch_size: int | None) -> None:
+    if not isinstance(speedup, int | float) or not np.isfinite(speedup) or speedup <= 1:
+        raise InputError(f"expected a speed-up above 1, found {speedup}; try --speedup 2")
+    if select not in METHODS:
+        raise InputError(f"unknown selection {select!r}; expected one of {', '.join(METHODS)}")
+    for name, value in (("samples", samples), ("batch size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"expected a number of {name} of at least 1, found {value}")
+
+
+def _checked_graph(model: onnx.ModelProto, path: Path | None, runtime: Runtime) -> Graph:
+    """The graph, after onnxruntime has accepted the model."""
+    graph = Graph(model, path.parent if path else None)
+    Runtime("cpu", runtime.threads).session(model, optimise=False)
+    return graph
+
+
+def _split(calibration: Calibration) -> tuple[Calibration, Calibration]:
+    """Records to fit on, and held-out ones to judge by; too few to part serve as both."""
+    count = min(int(len(calibration) * _HELD_OUT_SHARE), _MOST_HELD_OUT)
+    return calibration.split(count) if count else (calibration, calibration)
+
+
+def _prepare(
+    graph: Graph,
+    runtime: Runtime,
+    calibration: Calibration | None,
+    reconstruct: bool,
+    only: str | None,
+    exclude: str | None,
+) -> _Prepared:
+    """Normalise, find shapes and groups; sizes that cannot be repaired freeze their axes."""
+    model, copies = normalise(graph, runtime)
+    biases = add_biases(model) if reconstruct else []
+    graph = Graph(model, graph.folder)
+    batch = None
+    if calibration is not None and not calibration.is_random:
+        batch = calibration.feeds(list(range(min(3, len(calibration)))) if calibration.batchable else [0])
+    shapes = probe(graph, runtime, batch)
+    one = calibration.feeds([0]) if calibration is not None else None
+    nominal = _nominal(graph, runtime, one)
+    seeds: tuple[Seed, ...] = ()
+    while True:
+        analysis = analyse(graph, shapes, nominal, only, exclude, seeds)
+        half = {g.name: tuple(range(max(g.units // 2, 1))) for g in analysis.groups}
+        try:
+            rewrite(analysis, Plan("", half))
+            return _Prepared(analysis, copies, tuple(biases))
+        except CannotRepair as error:
+            more = tuple(Seed(str(error), "", "", error.tensor, axis) for axis in error.axes)
+            if not set(more) - set(seeds):
+                raise InternalError(f"freezing did not help: {error}") from error
+            seeds += more
+
+
+def _nominal(graph: Graph, runtime: Runtime, feeds: Mapping[str, np.ndarray] | None) -> Shapes:
+    """Shapes at which costs are counted: one sample, of the data's size where there are data."""
+    if feeds is not None:
+        return Shapes((run_probe(graph, feeds, runtime),))
+    for sizes in ((1, 224, 224, 16), (1, 256, 256, 32), (1, 640, 640, 128)):
+        try:
+            return Shapes((run_probe(graph, random_feeds(graph, sizes), runtime),))
+        except Exception:  # this size does not suit the model
+            continue
+    return Shapes(probe(graph, runtime).probes[:1])
+
+
+def _target(
+    analysis: Analysis, cost: CostModel, speedup: float, best_effort: bool
+) -> tuple[float, float, list[int]]:
+    """Multiply-accumulates of the original, the most that may be left, and the fewest units per group."""
+    units = np.array([g.units for g in analysis.groups])
+    full, least = cost.macs(units), cost.macs(np.ones(len(units)))
+    if not len(units) or not full or full / least < speedup:
+        reachable = full / least if len(units) and least else 1.0
+        blocking = max(analysis.frozen, key=lambda f: f.macs, default=None)
+        why = ""
+        if blocking is not None:
+            at = f" at node {blocking.node!r} ({blocking.op})" if blocking.node else f" ({blocking.tensor!r})"
+            why = f"; most is held back by: {blocking.reason}{at}"
+        if not best_effort or reachable <= 1.0:
+            raise UnreachableTarget(
+                f"a speed-up of {speedup:g} cannot be reached; the largest for this model is {reachable:.3g}{why}"
+                " (see onnxprune inspect; --best-effort goes as far as possible)",
+                reachable,
+            )
+        speedup = reachable
+    return full, full / speedup, [1] * len(units)
+
+
+def _check_written(model: onnx.ModelProto) -> None:
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise InternalError(f"the pruned model does not pass onnx.checker: {error}") from error
+
+
+def _removed(analysis: Analysis, plan: Plan, original: Graph, prepared: _Prepared) -> dict[str, dict[int, tuple[int, ...]]]:
+    """Removed positions of stored tensors, by the names that the original has."""
+    known = set(original.stored_names()) | original.computed_from_constants
+    found: dict[str, dict[int, tuple[int, ...]]] = {}
+    for (tensor, axis), gone in sorted(removed_positions(analysis, plan).items()):
+        if tensor in known and analysis.graph.is_stored(tensor) and tensor not in prepared.biases:
+            found.setdefault(tensor, {})[axis] = tuple(int(i) for i in gone)
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("onnxprune", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "scipy", "scikit-learn"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+

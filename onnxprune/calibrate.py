@@ -1,0 +1,228 @@
+"""Activations -> statistics, streamed: the network runs piece by piece, and only sums are kept.
+
+`collect` runs the original once and sums the Gram matrix of every reader; error curves and first selections follow from
+it. `Sweep` runs the original and the pruned network side by side, from reader to reader: a reader's target is what the
+original gave, its input what the network pruned so far gives (He et al. 2017, section 3.2), and at a residual sum the
+target is Y1 + Y2 - Y1', so that the shortcut's error is paid for in the branch (section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from onnxprune.analysis import Analysis
+from onnxprune.data import Calibration
+from onnxprune.errors import InternalError
+from onnxprune.graph import Graph
+from onnxprune.progress import Progress
+from onnxprune.readers import Reader
+from onnxprune.runtime import Runtime
+from onnxprune.segments import Segments, late_order
+from onnxprune.statistics import FOLDS, Statistics
+from onnxprune.unfold import out_positions, sample_positions
+
+TARGET_ROWS = 65536  # rows per reader: positions are drawn so that all samples together give about this many
+ROWS_PER_COLUMN = 16  # and at least so many per column of the unfolded input
+_CHUNK_BYTES = 256 << 20  # activations of a batch in the collecting pass
+_LARGEST_BATCH = 64
+
+Tensors = Mapping[str, np.ndarray]
+Arrays = dict[str, np.ndarray]  # new values of stored tensors, in their original shapes
+
+
+class Batches:
+    """The calibration records in batches, with a fixed draw of output positions for each."""
+
+    def __init__(self, data: Calibration, size: int, seed: int) -> None:
+        step = size if data.batchable else 1
+        self.data = data
+        self.parts = [list(range(i, min(i + step, len(data)))) for i in range(0, len(data), step)]
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def feeds(self, batch: int) -> dict[str, np.ndarray]:
+        """The model's inputs for one batch."""
+        return self.data.feeds(self.parts[batch])
+
+    def positions(self, reader: Reader, batch: int, total: int) -> np.ndarray:
+        """Flat output positions of a reader to look at in this batch: the same ones for every network."""
+        wanted = max(TARGET_ROWS, ROWS_PER_COLUMN * reader.width)
+        rng = np.random.default_rng([self.seed, reader.index, batch])
+        return sample_positions(total, -(-wanted // len(self.data)), rng)
+
+
+def batch_size(analysis: Analysis, names: Sequence[str]) -> int:
+    """Samples per batch such that the named tensors stay within the chunk."""
+    first = analysis.shapes.probes[0]
+    samples = max((a.shape[0] for a in first.feeds.values() if a.ndim), default=1)
+    each = sum(4 * int(np.prod(first.shapes[n])) for n in names if n in first.shapes) / max(samples, 1)
+    return int(np.clip(_CHUNK_BYTES / max(each, 1.0), 1, _LARGEST_BATCH))
+
+
+def collect(
+    analysis: Analysis, readers: Sequence[Reader], batches: Batches, runtime: Runtime, progress: Progress
+) -> list[list[Statistics]]:
+    """Run the original over the data and sum up what every reader reads.
+
+    Returns:
+        per reader, per group of its convolution, the statistics of the original network: target X @ W.
+    """
+    segments = Segments(analysis.graph, range(len(analysis.graph.nodes)), runtime)
+    grams = [np.zeros((len(r.weights), r.width, r.width)) for r in readers]
+    rows = [0] * len(readers)
+    names = sorted({r.layer.data for r in readers})
+    piece = None
+    for batch in range(len(batches)):
+        feeds = batches.feeds(batch)
+        piece = piece or segments.piece(0, len(analysis.graph.nodes), names, feeds)
+        found = piece.run(feeds)
+        for k, reader in enumerate(readers):
+            x = found[reader.layer.data]
+            out = _out_shape(analysis, reader, x)
+            positions = batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
+            for g, part in enumerate(reader.unfolding.rows(x, positions, out)):
+                grams[k][g] += part.T @ part
+            rows[k] += len(x) * len(positions)
+        progress.advance(len(batches.parts[batch]))
+    return [
+        [Statistics.of_linear(gram, weights, rows[k]) for gram, weights in zip(grams[k], r.weights, strict=True)]
+        for k, r in enumerate(readers)
+    ]
+
+
+def _out_shape(analysis: Analysis, reader: Reader, x: np.ndarray) -> tuple[int, ...]:
+    """Inner sizes of a reader's output for this input."""
+    layer = reader.layer
+    if not reader.unfolding.kernel:
+        return tuple(x.shape[1:-1])
+    for probe in analysis.shapes.probes:
+        if probe.shapes[layer.data][1:] == x.shape[1:]:
+            return out_positions(layer, probe.shapes[layer.output])
+    raise InternalError(f"layer {layer.node.label!r} met an input of size {x.shape} that was not probed")
+
+
+class Residual:
+    """The sum behind a reader: the other operand, known before the reader runs."""
+
+    def __init__(self, tensor: str, scale: np.ndarray) -> None:
+        self.tensor = tensor
+        self.scale = scale  # of the reader's output on its way to the sum, per output
+
+
+def find_residual(graph: Graph, reader: Reader, available: set[str]) -> Residual | None:
+    """The residual sum that a reader's output goes into, if the other operand is available."""
+    name = reader.layer.output
+    scale = np.ones(len(reader.output_scale))
+    while True:
+        following = graph.consumers.get(name, ())
+        if len(following) != 1 or name in graph.outputs:
+            return None
+        node = following[0]
+        if node.op == "Add" and not node.domain:
+            if len(set(node.inputs)) != 2:
+                return None
+            other = next(n for n in node.inputs if n != name)
+            if other in graph.computed_from_constants:
+                name = node.outputs[0]  # a bias
+                continue
+            return Residual(other, scale) if other in available else None
+        if node.op == "BatchNormalization" and name == reader.layer.output:
+            scale = reader.output_scale
+        elif node.op not in ("Identity", "Dropout"):
+            return None
+        name = node.outputs[0]
+
+
+Fitter = Callable[[Reader, list[list[Statistics]]], Arrays]
+
+
+class Sweep:
+    """The original and the pruned network side by side, from reader to reader.
+
+    Both run in the original's shapes: a removed channel is one that no reader reads any more.
+
+    Args:
+        analysis: of the original.
+        readers: to stop at, in graph order.
+        batches: the data.
+        runtime: how to run.
+        arrays: stored tensors that are changed from the start.
+    """
+
+    def __init__(
+        self, analysis: Analysis, readers: Sequence[Reader], batches: Batches, runtime: Runtime, arrays: Arrays
+    ) -> None:
+        self.graph = analysis.graph
+        self.analysis = analysis
+        self.batches = batches
+        self.arrays = dict(arrays)
+        order = late_order(self.graph, {r.layer.node.index for r in readers})
+        self.segments = Segments(self.graph, order, runtime)
+        place = self.segments.place
+        self.readers = sorted(readers, key=lambda r: place[r.layer.node.index])
+        self.cuts = [place[r.layer.node.index] for r in self.readers]
+
+    def run(self, fit: Fitter, progress: Progress) -> Arrays:
+        """Visit every reader; ``fit`` turns its statistics (per group, per fold) into new stored tensors."""
+        original = [dict(self.batches.feeds(batch)) for batch in range(len(self.batches))]
+        first = self.segments.frontier(self.cuts[0]) if self.cuts else []
+        pruned = self._advance(0, self.cuts[0], first, original, self.arrays) if self.arrays and self.cuts else None
+        if self.cuts:
+            original = self._advance(0, self.cuts[0], first, original, {})
+        pruned = pruned or list(original)  # until something changes, both networks are one
+        for k, reader in enumerate(self.readers):
+            start = self.cuts[k]
+            stop = self.cuts[k + 1] if k + 1 < len(self.cuts) else start + 1
+            ahead = self.segments.frontier(stop) if k + 1 < len(self.cuts) else []
+            residual = find_residual(self.graph, reader, set(self.segments.frontier(start)))
+            piece = self.segments.piece(start, stop, [*ahead, reader.layer.output], original[0])
+            folds = self._empty(reader)
+            for batch, now in enumerate(original):
+                found = piece.run(now)
+                self._add(folds, reader, residual, batch, now, pruned[batch], found[reader.layer.output])
+                original[batch] = {name: found[name] for name in ahead}
+            self.arrays |= fit(reader, folds)
+            if ahead:
+                pruned = self._advance(start, stop, ahead, pruned, self.arrays)
+            progress.advance()
+        return self.arrays
+
+    def _advance(
+        self, start: int, stop: int, names: Sequence[str], states: Sequence[Tensors], arrays: Arrays
+    ) -> list[dict[str, np.ndarray]]:
+        piece = self.segments.piece(start, stop, names, states[0], arrays)
+        return [piece.run(tensors) for tensors in states]
+
+    def _empty(self, reader: Reader) -> list[list[Statistics]]:
+        group, width, outputs = reader.weights.shape
+        return [[Statistics.empty(width, outputs) for _ in range(FOLDS)] for _ in range(group)]
+
+    def _add(
+        self,
+        folds: list[list[Statistics]],
+        reader: Reader,
+        residual: Residual | None,
+        batch: int,
+        original: Tensors,
+        pruned: Tensors,
+        output: np.ndarray,
+    ) -> None:
+        """Add a batch: what the pruned network reads here, and what the original gave."""
+        x = pruned[reader.layer.data]
+        out = _out_shape(self.analysis, reader, x)
+        positions = self.batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
+        target = reader.unfolding.targets(output, positions)
+        if residual is not None and residual.tensor in pruned:
+            here, there = original[residual.tensor], pruned[residual.tensor]
+            if here.shape == output.shape and here is not there:
+                gap = reader.unfolding.targets(here - there, positions)
+                scale = residual.scale.reshape(len(gap), 1, -1)
+                alive = np.abs(scale) > 1e-3 * np.abs(scale).max()
+                target = target + np.divide(gap, scale, out=np.zeros_like(gap), where=np.broadcast_to(alive, gap.shape))
+        rows = reader.unfolding.rows(x, positions, out)
+        for g, (part, wanted) in enumerate(zip(rows, target, strict=True)):
+            folds[g][batch % FOLDS].add(part, wanted)

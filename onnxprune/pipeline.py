@@ -1,0 +1,220 @@
+"""The stages between a model with its data and the new weights: rank, price, allocate, sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnxprune import budget
+from onnxprune.analysis import Analysis, CostModel, GroupInfo
+from onnxprune.calibrate import Arrays, Batches, Sweep, batch_size, collect
+from onnxprune.data import Calibration
+from onnxprune.progress import Progress
+from onnxprune.readers import Reader, find_readers
+from onnxprune.reconstruct import Fit, fit, solve
+from onnxprune.runtime import Runtime
+from onnxprune.select import Ranking
+from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights
+from onnxprune.sensitivity import measure
+from onnxprune.statistics import Statistics
+from onnxprune.unfold import from_matrices
+
+LEVELS = (0.85, 0.7, 0.55, 0.4, 0.25, 0.1)  # kept shares at which a group's loss is measured
+SENSITIVITY_SAMPLES = 256
+_RIDGE = 1e-4  # of the first, one-shot reconstructions
+
+
+@dataclass(eq=False)
+class Chooser:
+    """Which units every group keeps, and the weights that go with them.
+
+    ``arrays`` are new values of stored tensors in their original shapes, filled by `sweep`.
+    """
+
+    analysis: Analysis
+    data: Calibration
+    runtime: Runtime
+    progress: Progress
+    method: str
+    seed: int
+    batch: int | None = None
+    readers: tuple[Reader, ...] = ()
+    statistics: dict[int, list[Statistics]] = field(default_factory=dict)
+    rankings: list[Ranking] = field(default_factory=list)
+    kept: dict[int, np.ndarray] = field(default_factory=dict)
+    errors: dict[int, float] = field(default_factory=dict)
+    ridges: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.readers = find_readers(self.analysis)
+        self.cost = CostModel(self.analysis)
+
+    # ------------------------------------------------------------------------------------ statistics and ranks
+
+    def collect(self) -> None:
+        """Sum up what every reader of a group reads in the original network."""
+        chosen = [r for r in self.readers if r.columns]
+        size = self.batch or batch_size(self.analysis, [r.layer.data for r in chosen])
+        batches = Batches(self.data, size, self.seed)
+        with self.progress.stage("calibrate", len(self.data)):
+            found = collect(self.analysis, chosen, batches, self.runtime, self.progress) if chosen else []
+        self.statistics = {r.index: s for r, s in zip(chosen, found, strict=True)}
+
+    def rank(self) -> None:
+        """Rank the units of every group on the original network."""
+        with self.progress.stage("rank", len(self.analysis.groups)):
+            for info in self.analysis.groups:
+                self.rankings.append(rank(self.method, info, self._problems(info), self.analysis, self.seed))
+                self.progress.advance()
+
+    def _problems(self, info: GroupInfo, statistics: Mapping[int, Sequence[Statistics]] | None = None) -> list:  # type: ignore[type-arg]
+        gone = {r.index: self._gone(r) for r in self.readers}
+        found = statistics if statistics is not None else self.statistics
+        return problems_of(info.group.index, self.readers, found, gone)
+
+    def _gone(self, reader: Reader) -> np.ndarray:
+        """Columns of a reader that belong to units removed so far."""
+        parts = [
+            np.delete(columns, self.kept[group], axis=0).ravel()
+            for group, columns in reader.columns.items()
+            if group in self.kept
+        ]
+        return np.concatenate([*parts, np.empty(0, np.int64)]).astype(np.int64)
+
+    # ------------------------------------------------------------------------------------------------- budget
+
+    def allocate(self, limit: float, floors: Sequence[int], measured: bool) -> np.ndarray:
+        """Kept counts that cost at most ``limit``: by measured damage, or the same share of every group."""
+        units = [g.units for g in self.analysis.groups]
+        if self.method == "slimming":
+            scores = [scales(info, self.analysis) for info in self.analysis.groups]
+            return budget.global_threshold(scores, self.cost, limit, floors)
+        if not measured:
+            return budget.uniform(units, self.cost, limit, floors)
+        return budget.allocate(self.curves(), self.cost, limit, floors)
+
+    def curves(self) -> list[np.ndarray]:
+        """Per group the damage to the output for every kept count."""
+        subset = self.data.split(max(len(self.data) - SENSITIVITY_SAMPLES, 0))[0]
+        batches = Batches(subset, self.batch or batch_size(self.analysis, [r.layer.data for r in self.readers]), self.seed)
+        levels = [self._levels(info.units) for info in self.analysis.groups]
+        with self.progress.stage("sensitivity", len(self.analysis.groups)):
+            variants = {
+                info.group.index: [self._variant(info, self.rankings[info.group.index].kept(k)) for k in counts]
+                for info, counts in zip(self.analysis.groups, levels, strict=True)
+            }
+            damage = measure(self.analysis, variants, batches, self.runtime, self.progress)
+        return [
+            budget.interpolate(info.units, levels[g], damage[g], self.rankings[g].errors)
+            for g, info in enumerate(self.analysis.groups)
+        ]
+
+    @staticmethod
+    def _levels(units: int) -> list[int]:
+        return sorted({min(max(round(units * share), 1), units - 1) for share in LEVELS})
+
+    def _variant(self, info: GroupInfo, kept: np.ndarray) -> Arrays:
+        """Stored tensors of the network in which only this group is narrowed, its readers fitted to the original."""
+        arrays: Arrays = {}
+        if unfitted_weights(info, self.analysis, self.readers):
+            arrays |= silenced(info, self.analysis, kept)
+        for reader in self.readers:
+            columns = reader.columns.get(info.group.index)
+            if columns is None or reader.index not in self.statistics:
+                continue
+            left = np.setdiff1d(np.arange(reader.width), np.delete(columns, kept, axis=0).ravel())
+            left = left[:-1] if not reader.layer.bias else left
+            matrices = [
+                solve(s, left, w, _RIDGE) for s, w in zip(self.statistics[reader.index], reader.weights, strict=True)
+            ]
+            arrays |= stored_arrays(self.analysis, reader, np.stack(matrices))
+        return arrays
+
+    # -------------------------------------------------------------------------------------------------- sweep
+
+    def choose(self, counts: np.ndarray) -> None:
+        """Keep these many units, by the ranks on the original network."""
+        for info, count in zip(self.analysis.groups, counts, strict=True):
+            self.kept[info.group.index] = self.rankings[info.group.index].kept(int(count))
+
+    def sweep(self, counts: np.ndarray) -> Arrays:
+        """Choose and fit from reader to reader; returns new stored tensors in their original shapes."""
+        self.choose(counts)
+        pending = self._chosen_on_the_way(counts)
+        arrays: Arrays = {}
+        for info in self.analysis.groups:
+            if len(self.kept[info.group.index]) < info.units and unfitted_weights(info, self.analysis, self.readers):
+                for name, array in silenced(info, self.analysis, self.kept[info.group.index]).items():
+                    arrays[name] = array if name not in arrays else np.where(array == 0, array, arrays[name])
+        for group in pending:
+            del self.kept[group]
+        heads = {r.index for r in self.readers if not r.columns}
+        cut = [
+            r
+            for r in self.readers
+            if r.index in heads or any(counts[g] < self.analysis.groups[g].units for g in r.columns)
+        ]
+        size = self.batch or batch_size(self.analysis, [r.layer.data for r in cut])
+        runner = Sweep(self.analysis, cut, Batches(self.data, size, self.seed), self.runtime, arrays)
+
+        def fit_reader(reader: Reader, folds: list[list[Statistics]]) -> Arrays:
+            together = [a + b for a, b in folds]
+            for group in [g for g in reader.columns if g in pending]:
+                info = self.analysis.groups[group]
+                ranking = rank(self.method, info, self._problems(info, {reader.index: together}), self.analysis, self.seed)
+                self.kept[group] = ranking.kept(int(counts[group]))
+            left = np.setdiff1d(np.arange(reader.width), self._gone(reader))
+            left = left[:-1] if not reader.layer.bias else left
+            fits = [fit(part, left, weights) for part, weights in zip(folds, reader.weights, strict=True)]
+            self._note(reader, fits)
+            return stored_arrays(self.analysis, reader, np.stack([f.weights for f in fits]))
+
+        with self.progress.stage("reconstruct", len(cut)):
+            return runner.run(fit_reader, self.progress)
+
+    def _chosen_on_the_way(self, counts: np.ndarray) -> set[int]:
+        """Groups with one reader, whose units are best chosen when the sweep comes to it."""
+        if self.method not in FROM_ACTIVATIONS:
+            return set()
+        return {
+            info.group.index
+            for info, count in zip(self.analysis.groups, counts, strict=True)
+            if count < info.units
+            and sum(info.group.index in r.columns for r in self.readers) == 1
+            and not unfitted_weights(info, self.analysis, self.readers)
+        }
+
+    def _note(self, reader: Reader, fits: Sequence[Fit]) -> None:
+        error = float(np.mean([f.error for f in fits]))
+        for group in reader.columns:
+            self.errors[group] = max(self.errors.get(group, 0.0), error)
+        self.ridges[reader.layer.node.label] = fits[0].ridge
+
+
+def stored_arrays(analysis: Analysis, reader: Reader, matrices: np.ndarray) -> Arrays:
+    """A reader's fitted matrices as the tensors that the model stores."""
+    layer, graph = reader.layer, analysis.graph
+    shape = tuple(graph.stored(layer.weight).dims)
+    arrays = {layer.weight: from_matrices(layer, matrices[:, :-1], shape)}
+    if layer.bias:
+        bias = matrices[:, -1].reshape(-1)
+        old = graph.array(layer.bias)
+        # the Add behind a MatMul goes on adding what it added
+        arrays[layer.bias] = bias + old if layer.node.op == "MatMul" else bias.reshape(old.shape)
+    return arrays
+
+
+def silenced(info: GroupInfo, analysis: Analysis, kept: np.ndarray) -> Arrays:
+    """The stored weights around a group with zeros where a removed unit stands."""
+    graph = analysis.graph
+    weights = {name for layer in analysis.layers for name in (layer.weight, layer.bias)}
+    arrays: Arrays = {}
+    for axis in info.group.axes:
+        if axis.tensor in weights and graph.is_stored(axis.tensor):
+            array = arrays.get(axis.tensor, graph.array(axis.tensor)).copy()
+            gone = np.delete(axis.positions, kept, axis=0).ravel()
+            array[(slice(None),) * axis.axis + (gone,)] = 0
+            arrays[axis.tensor] = array
+    return arrays

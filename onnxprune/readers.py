@@ -1,0 +1,104 @@
+"""Readers: the layers whose weights can be fitted again, as matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxprune.analysis import Analysis
+from onnxprune.layers import Layer
+from onnxprune.unfold import Unfolding, to_matrices
+
+MAX_COLUMNS = 8192  # a Gram matrix of this many columns takes half a GiB; wider readers keep their weights
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A layer whose weights can be fitted, and the columns that each group's units hold in it."""
+
+    index: int
+    layer: Layer
+    unfolding: Unfolding
+    columns: Mapping[int, np.ndarray]  # group index -> (units, columns per unit)
+    output_scale: np.ndarray  # (outputs,) what a following BatchNormalization multiplies by
+    weights: np.ndarray  # (group, p, outputs / group) as they are in the original, the bias in the last row
+
+    @property
+    def width(self) -> int:
+        """Columns of the unfolded input, the bias among them."""
+        return int(self.weights.shape[1])
+
+
+def find_readers(analysis: Analysis) -> tuple[Reader, ...]:
+    """The layers that read a group or feed an output, in graph order, where their weights can be fitted."""
+    graph, shapes = analysis.graph, analysis.shapes
+    uses: dict[str, int] = {}
+    for node in graph.nodes:
+        for name in node.inputs:
+            uses[name] = uses.get(name, 0) + 1
+    by_axis: dict[tuple[str, int], list[tuple[int, np.ndarray]]] = {}
+    for info in analysis.groups:
+        for axis in info.group.axes:
+            by_axis.setdefault((axis.tensor, axis.axis), []).append((info.group.index, axis.positions))
+    heads = _heads(analysis)
+    readers: list[Reader] = []
+    for layer in analysis.layers:
+        parts = by_axis.get((layer.weight, layer.weight_axis), [])
+        shared = uses[layer.weight] > 1 or (layer.bias and uses[layer.bias] > 1)
+        weight_shape = tuple(graph.stored(layer.weight).dims)
+        if shared or _columns(layer, weight_shape) > MAX_COLUMNS or not (parts or layer.node.index in heads):
+            continue
+        in_shape, out_shape = shapes.shape(layer.data) or (), shapes.shape(layer.output) or ()
+        if in_shape[:1] != out_shape[:1]:
+            continue
+        unfolding = Unfolding.of(layer, weight_shape, in_shape, out_shape)
+        columns = {index: unfolding.columns(positions) for index, positions in parts}
+        scale = _following_scale(analysis, layer)
+        readers.append(Reader(len(readers), layer, unfolding, columns, scale, _matrices(analysis, layer)))
+    return tuple(readers)
+
+
+def _columns(layer: Layer, weight_shape: tuple[int, ...]) -> int:
+    """Columns of one group's unfolded input, without the bias."""
+    taps = int(np.prod(weight_shape[2:], dtype=np.int64))
+    channels = weight_shape[layer.weight_axis]
+    return channels // (layer.group if layer.node.op == "ConvTranspose" else 1) * taps
+
+
+def _heads(analysis: Analysis) -> set[int]:
+    """Nodes of the last layers before the graph's outputs: no other layer comes after them."""
+    graph = analysis.graph
+    layers = {layer.node.index for layer in analysis.layers}
+    later: set[str] = set()  # tensors behind which another layer comes
+    heads = set()
+    for node in reversed(graph.nodes):
+        before = any(name in later for name in node.outputs)
+        if node.index in layers and not before:
+            heads.add(node.index)
+        if before or node.index in layers:
+            later.update(node.inputs)
+    return heads
+
+
+def _following_scale(analysis: Analysis, layer: Layer) -> np.ndarray:
+    """What a BatchNormalization right behind the layer multiplies every output by; ones where there is none."""
+    graph = analysis.graph
+    outputs = graph.stored(layer.weight).dims[layer.out_axis] * (layer.group if layer.node.op == "ConvTranspose" else 1)
+    readers = graph.consumers.get(layer.output, ())
+    if len(readers) == 1 and readers[0].op == "BatchNormalization" and all(map(graph.is_stored, readers[0].inputs[1:])):
+        gamma, variance = graph.array(readers[0].inputs[1]), graph.array(readers[0].inputs[4])
+        epsilon = float(readers[0].attributes.get("epsilon", 1e-5))
+        return np.asarray(gamma / np.sqrt(variance + epsilon), dtype=np.float64)
+    return np.ones(outputs)
+
+
+def _matrices(analysis: Analysis, layer: Layer) -> np.ndarray:
+    graph = analysis.graph
+    matrices = to_matrices(layer, graph.array(layer.weight))
+    outputs = matrices.shape[0] * matrices.shape[2]
+    inner = layer.bias and layer.node.op != "MatMul"  # the Add behind a MatMul is not part of its output
+    bias = graph.array(layer.bias).astype(np.float64).ravel() if inner else np.zeros(1)
+    rows = np.broadcast_to(bias, (outputs,)).reshape(matrices.shape[0], 1, -1)
+    return np.concatenate([matrices, rows], axis=1)

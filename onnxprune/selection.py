@@ -1,0 +1,110 @@
+"""Which units of a group stay: the methods by name, applied to the statistics of the group's readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from onnxprune.analysis import Analysis, GroupInfo
+from onnxprune.errors import InputError
+from onnxprune.layers import LAYER_OPS
+from onnxprune.readers import Reader
+from onnxprune.select import Problem, Ranking, greedy, lasso, ordered
+from onnxprune.statistics import Statistics
+
+METHODS = ("greedy", "lasso", "l1", "slimming", "random")
+FROM_ACTIVATIONS = ("greedy", "lasso")
+
+
+def problems_of(
+    group: int, readers: Sequence[Reader], statistics: Mapping[int, Sequence[Statistics]], gone: Mapping[int, np.ndarray]
+) -> list[Problem]:
+    """The selection problems of a group, one per reader and group of its convolution.
+
+    Args:
+        group: index of the group.
+        readers: all readers.
+        statistics: per reader index, per group of its convolution.
+        gone: per reader index, columns that belong to units removed before.
+    """
+    problems = []
+    for reader in readers:
+        if group not in reader.columns or reader.index not in statistics:
+            continue
+        scales = reader.output_scale.reshape(len(reader.weights), -1)
+        active = np.ones(reader.width, bool)
+        active[gone.get(reader.index, np.empty(0, np.int64))] = False
+        parts = []
+        for g, part in enumerate(statistics[reader.index]):
+            scaled = Statistics(part.gram, part.cross * scales[g], part.energy * scales[g] ** 2, part.rows)
+            parts.append((scaled, reader.weights[g] * scales[g]))
+        energy = max(sum(_variance(s) for s, _ in parts), np.finfo(float).tiny)
+        problems += [Problem(s, w, reader.columns[group], active, 1.0 / energy) for s, w in parts]
+    return problems
+
+
+def _variance(statistics: Statistics) -> float:
+    """Energy of the target about its mean; the last column of the Gram matrix holds the sums."""
+    sums = statistics.cross[-1]
+    return float((statistics.energy - sums**2 / max(statistics.rows, 1)).sum())
+
+
+def rank(
+    method: str, info: GroupInfo, problems: list[Problem], analysis: Analysis, seed: int
+) -> Ranking:
+    """Rank a group's units.
+
+    A group that no fitted layer reads, and methods that look at weights alone, are ranked by weights.
+    """
+    if method == "random":
+        return ordered(np.random.default_rng([seed, info.group.index]).permutation(info.units))
+    if method == "slimming":
+        return ordered(np.argsort(-scales(info, analysis), kind="stable"))
+    if method == "l1" or not problems:
+        return ordered(np.argsort(-filter_norms(info, analysis), kind="stable"))
+    return greedy(problems) if method == "greedy" else lasso(problems)
+
+
+def filter_norms(info: GroupInfo, analysis: Analysis) -> np.ndarray:
+    """Sum of absolute weights of the filters that make each unit (Li et al. 2017), (units,)."""
+    graph = analysis.graph
+    made = {
+        (layer.weight, layer.out_axis) for layer in analysis.layers if layer.node.label in info.producers
+    }
+    total = np.zeros(info.units)
+    axes = [axis for axis in info.group.axes if (axis.tensor, axis.axis) in made]
+    for axis in axes or [a for a in info.group.axes if graph.is_stored(a.tensor)]:
+        array = np.abs(graph.array(axis.tensor).astype(np.float64))
+        per_position = array.sum(axis=tuple(k for k in range(array.ndim) if k != axis.axis))
+        total += per_position[axis.positions].sum(axis=1)
+    return total
+
+
+def scales(info: GroupInfo, analysis: Analysis) -> np.ndarray:
+    """Absolute scale of BatchNormalization of each unit, averaged over the nodes it passes (Liu et al. 2017).
+
+    Raises:
+        InputError: the group passes no BatchNormalization.
+    """
+    graph = analysis.graph
+    gammas = {n.inputs[1] for n in graph.nodes if n.op == "BatchNormalization" and graph.is_stored(n.inputs[1])}
+    found = [
+        np.abs(graph.array(axis.tensor).astype(np.float64))[axis.positions].mean(axis=1)
+        for axis in info.group.axes
+        if axis.tensor in gammas
+    ]
+    if not found:
+        raise InputError(
+            f"--select slimming needs BatchNormalization nodes; group {info.name!r} passes none"
+            " (they may be folded into the convolutions): export the model without folding, or use --select greedy"
+        )
+    result: np.ndarray = np.mean(found, axis=0)
+    return result
+
+
+def unfitted_weights(info: GroupInfo, analysis: Analysis, readers: Sequence[Reader]) -> bool:
+    """Whether some layer that reads the group is not among the readers, so that zeros there cannot silence it."""
+    reading = {r.layer.node.label for r in readers if info.group.index in r.columns}
+    layers = {n.label for n in analysis.graph.nodes if n.op in LAYER_OPS}
+    return not (set(info.consumers) & layers) <= reading or not reading
