@@ -5,17 +5,18 @@ One line describes an operator::
     Conv      n (g c) *, (g o) c *, (g o) -> n (g o) *
     Softmax   n !c * -> n !c *
 
-A letter is an axis or a factor of one; parentheses hold the product of factors, outermost first; ``*`` is the remaining
-axes, untouched and unclaimed; ``1`` is an axis of size one that is broadcast; ``!`` marks a factor whose values are mixed
-together, so that a part of it cannot be taken out exactly; ``~`` one that is summed over, so that a part can be taken out
-where it is zero; ``@`` is an axis whose positions are related one by one through an `IndexMap` (Concat, Split, Slice,
-Gather, Pad). A letter stands for the same index wherever it appears.
+A letter is an axis or a factor of one; parentheses hold the product of factors, outermost first; ``*`` is the
+remaining axes, untouched and unclaimed; ``1`` is an axis of size one that is broadcast; ``!`` marks a factor whose
+values are mixed together, so that a part of it cannot be taken out exactly; ``~`` one that is summed over, so that a
+part can be taken out where it is zero; ``@`` is an axis whose positions are related one by one through an `IndexMap`
+(Concat, Split, Slice, Gather, Pad). A letter stands for the same index wherever it appears.
 
 This module knows arrays and letters, and nothing of ONNX.
 
 >>> str(parse("n (g c) *, (g o) c * -> n (g o) *"))
 'n (g c) *, (g o) c * -> n (g o) *'
->>> sorted(bind(parse("n (g c) *, (g o) c *, (g o) -> n (g o) *"), [(2, 8, 5), (6, 4, 3), (6,)], [(2, 6, 3)]).sizes.items())
+>>> bound = bind(parse("n (g c) *, (g o) c *, (g o) -> n (g o) *"), [(2, 8, 5), (6, 4, 3), (6,)], [(2, 6, 3)])
+>>> sorted(bound.sizes.items())
 [('c', 4), ('g', 2), ('n', 2), ('o', 3)]
 """
 
@@ -105,8 +106,8 @@ class BoundAxis:
 class BoundRelation:
     """A relation bound to concrete shapes: per operand one `BoundAxis` per axis; letters of size one are gone.
 
-    ``zero`` says when a slice of the outputs is zero: one of its clauses holds, that is, the slice is zero in all inputs
-    that the clause names. ``silenced`` are the inputs whose removed slices are made zero: stored weights.
+    ``zero`` says when a slice of the outputs is zero: one of its clauses holds, that is, the slice is zero in all
+    inputs that the clause names. ``silenced`` are the inputs whose removed slices are made zero: stored weights.
     """
 
     inputs: tuple[tuple[BoundAxis, ...], ...]

@@ -1,9 +1,9 @@
 """Relations -> units -> groups: what has to be removed together.
 
-Every position of every axis of every tensor gets a number; relations say which positions are the same one; the connected
-components are the units. An axis that is a product of factors can be cut along one factor only: such a place is a
-`_Split`, whose alternatives are first narrowed by what is frozen, to a fixpoint, and then chosen, cluster by cluster, by
-the multiply-accumulates that a choice makes removable.
+Every position of every axis of every tensor gets a number; relations say which positions are the same one; the
+connected components are the units. An axis that is a product of factors can be cut along one factor only: such a place
+is a `_Split`, whose alternatives are first narrowed by what is frozen, to a fixpoint, and then chosen, cluster by
+cluster, by the multiply-accumulates that a choice makes removable.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class _Edges:
         left = np.concatenate([*self.left, np.empty(0, np.int64)])
         right = np.concatenate([*self.right, np.empty(0, np.int64)])
         graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(self.hubs, self.hubs))
-        return connected_components(graph, directed=False)[1]
+        label: np.ndarray = connected_components(graph, directed=False)[1]
+        return label
 
     def copy(self) -> _Edges:
         twin = _Edges(0)
@@ -228,7 +229,7 @@ class _Builder:
                     self.zero.add((name, axis))
 
     def _axes(self, tensor: str) -> list[int]:
-        axes = []
+        axes: list[int] = []
         while (tensor, len(axes)) in self.positions.offset:
             axes.append(len(axes))
         return axes
@@ -265,9 +266,10 @@ class _Builder:
                         self.edges.join(first, here)
                     first = here if first is None else first
         if contested - stiff:
-            split = _Split(statement, sizes, [p for p in placed if set(p[1]) & contested], [], frozenset(contested - stiff))
-            split.alternatives = _independent_sets(sorted(contested - stiff), conflicts)
-            self.splits.append(split)
+            able = contested - stiff
+            held = [p for p in placed if set(p[1]) & contested]
+            alternatives = _independent_sets(sorted(able), conflicts)
+            self.splits.append(_Split(statement, sizes, held, alternatives, frozenset(able)))
 
 
 def _atoms(
@@ -360,7 +362,8 @@ class _Solver:
 
     def _cluster(self, split: _Split, pending: list[_Split], label: np.ndarray) -> list[_Split]:
         """The pending splits that touch this one, through components or through each other."""
-        touched = {id(s): set(np.unique(np.concatenate([label[self._span(s, k)] for k in range(len(s.axes))]))) for s in pending}
+        spans = {id(s): np.concatenate([self._span(s, k) for k in range(len(s.axes))]) for s in pending}
+        touched = {key: set(np.unique(label[span])) for key, span in spans.items()}
         cluster, reach, grew = [split], set(touched[id(split)]), True
         while grew:
             grew = False
@@ -492,6 +495,10 @@ def _frozen_axes(positions: _Positions, frozen: np.ndarray, seeds: list[Seed]) -
     return found
 
 
+def _first(unit: np.ndarray) -> int:
+    return int(unit[0])
+
+
 def _group(positions: _Positions, label: np.ndarray, frozen: np.ndarray, weight: np.ndarray) -> list[Group]:
     """Components that touch the same axes in the same numbers, in the order of their first position."""
     worth = np.zeros(int(label.max(initial=-1)) + 1, bool)
@@ -508,13 +515,15 @@ def _group(positions: _Positions, label: np.ndarray, frozen: np.ndarray, weight:
     by_signature: dict[bytes, list[np.ndarray]] = {}
     for start, end in zip(bounds, [*bounds[1:], len(free)], strict=True):
         by_signature.setdefault(axis_of[start:end].tobytes(), []).append(free[start:end])
-    groups = []
-    for members in sorted(by_signature.values(), key=lambda units: min(int(u[0]) for u in units)):
-        table = np.stack(sorted(members, key=lambda unit: int(unit[0])))  # (units, positions per unit)
+    groups: list[Group] = []
+    for units in by_signature.values():
+        units.sort(key=_first)
+    for members in sorted(by_signature.values(), key=lambda units: _first(units[0])):
+        table = np.stack(members)  # (units, positions per unit)
         columns = np.searchsorted(starts, table[0], side="right") - 1
         parts = []
         for axis in np.unique(columns):
             inside = table[:, columns == axis] - starts[axis]
-            parts.append(GroupAxis(*axes[axis], positions=inside))
+            parts.append(GroupAxis(axes[axis][0], axes[axis][1], inside))
         groups.append(Group(len(groups), tuple(parts)))
     return groups

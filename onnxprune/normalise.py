@@ -1,8 +1,8 @@
 """Make the graph say plainly what it computes, without changing it.
 
 What depends on constants alone is computed once and stored, so that weights behind Identity, Transpose, Cast or a
-normalisation are ordinary weights. Small constants that exporters merged although unrelated operators use them (the ones
-and zeros of normalisations) are given back to each user. Weights that several layers truly share stay shared.
+normalisation are ordinary weights. Small constants that exporters merged although unrelated operators use them (the
+ones and zeros of normalisations) are given back to each user. Weights that several layers truly share stay shared.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def normalise(graph: Graph, runtime: Runtime) -> tuple[onnx.ModelProto, dict[str
 
 def _fold(model: onnx.ModelProto, graph: Graph, runtime: Runtime) -> None:
     constant = graph.computed_from_constants
-    folded = {node.index for node in graph.nodes if _foldable(node.outputs, constant) and node.inputs and any(node.inputs)}
+    folded = {node.index for node in graph.nodes if _foldable(node.outputs, constant) and any(node.inputs)}
     wanted = sorted(
         {
             name

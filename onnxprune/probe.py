@@ -96,7 +96,8 @@ def probe(graph: Graph, runtime: Runtime, data: Feeds | None = None, seed: int =
             return Shapes(tuple(probes))
     for first, second in _CANDIDATES:
         try:
-            found = [prober.run(random_feeds(graph, sizes, seed)) for sizes in ((first, second) if dynamic else (first,))]
+            tried = (first, second) if dynamic else (first,)
+            found = [prober.run(random_feeds(graph, sizes, seed)) for sizes in tried]
         except Exception as failure:  # onnxruntime's errors share no public base class; the last one is shown
             error = failure
             continue

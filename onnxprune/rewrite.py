@@ -84,7 +84,9 @@ def _slice_stored(model: onnx.ModelProto, graph: Graph, cut: _Cut, arrays: Mappi
     protos = {t.name: t for t in model.graph.initializer if t.name in touched}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.output[0] in touched:
-            protos |= {node.output[0]: a.t for a in node.attribute if a.name == "value"}
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    protos[node.output[0]] = attribute.t
     for name, proto in protos.items():
         array = graph.array(name)
         if name in arrays:

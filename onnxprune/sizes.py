@@ -37,10 +37,10 @@ class SizeGraph:
             seen = all(n in p.values for n in node.outputs if n for p in shapes.probes)
             if node.op in ("Shape", "Size") and seen and node.inputs[0] not in graph.computed_from_constants:
                 roots[node.outputs[0]] = node.index
-            elif not (seen and all(n in known or n in graph.computed_from_constants for n in node.inputs if n)):
-                continue
-            elif not any(n in known for n in node.inputs):
-                continue
+            else:
+                traced = all(n in known or n in graph.computed_from_constants for n in node.inputs if n)
+                if not (seen and traced and any(n in known for n in node.inputs)):
+                    continue
             known.update(node.outputs)
             self.inside.add(node.index)
         self.roots = roots

@@ -91,9 +91,9 @@ EITHER: Clauses = ((0,), (1,))  # ... in one of two inputs
 class Row:
     """One row of the table.
 
-    ``weights`` are the inputs whose removed slices are silenced by zeros: an exact zero there makes the operator compute
-    as if the channel were not there. ``sizes`` gives letters that shapes do not determine. ``zero`` says when a slice of
-    the outputs is zero (see `onnxprune.axes.BoundRelation`); never, unless it says so.
+    ``weights`` are the inputs whose removed slices are silenced by zeros: an exact zero there makes the operator
+    compute as if the channel were not there. ``sizes`` gives letters that shapes do not determine. ``zero`` says when a
+    slice of the outputs is zero (see `onnxprune.axes.BoundRelation`); never, unless it says so.
     """
 
     describe: Describe | str

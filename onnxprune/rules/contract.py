@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from onnxprune.axes import Refusal, Relation
-from onnxprune.rules.base import EITHER, Kept, OpView, Repair, Row, Table, add, broadcast, parse
+from onnxprune.axes import Refusal, Relation, parse
+from onnxprune.rules.base import EITHER, Kept, OpView, Repair, Row, Table, add, broadcast
 
 
 def _contracted(op: OpView, letter: str, *operands: int) -> str:

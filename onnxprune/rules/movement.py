@@ -9,7 +9,21 @@ from __future__ import annotations
 import numpy as np
 
 from onnxprune.axes import IndexMap, Refusal, Relation, factor
-from onnxprune.rules.base import ALL, FIRST, Clauses, Kept, OpView, Repair, Row, Table, add, along, broadcast, letters, relate
+from onnxprune.rules.base import (
+    ALL,
+    FIRST,
+    Clauses,
+    Kept,
+    OpView,
+    Repair,
+    Row,
+    Table,
+    add,
+    along,
+    broadcast,
+    letters,
+    relate,
+)
 
 # ------------------------------------------------------------------------------------------------ reshapes
 
@@ -190,7 +204,8 @@ def _mend_slice(op: OpView, kept: Kept) -> Repair:
             starts[k], ends[k] = int((left < first).sum()), int((left < last).sum())
     if op.version < 10:
         return Repair(attributes={"starts": starts, "ends": ends})
-    return Repair(inputs={i: np.array(v, op.seen[i].dtype) for i, v in ((1, starts), (2, ends)) if op.seen[i] is not None})
+    dtype = op.values[1].dtype if op.values[1] is not None else np.dtype(np.int64)
+    return Repair(inputs={1: np.array(starts, dtype), 2: np.array(ends, dtype)})
 
 
 def _gather(op: OpView) -> Relation | Refusal:

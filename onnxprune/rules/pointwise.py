@@ -7,8 +7,8 @@ from onnxprune.rules.base import ALL, EITHER, FIRST, Clauses, OpView, Row, Table
 
 # f(0) = 0
 UNARY_OF_ZERO = """
-Abs Asin Asinh Atan Atanh Cast CastLike Ceil Celu Dropout Elu Erf Floor Gelu HardSwish Identity LeakyRelu Mish Neg Relu Round
-Selu Shrink Sign Sin Sinh Softsign Sqrt Swish Tan Tanh
+Abs Asin Asinh Atan Atanh Cast CastLike Ceil Celu Dropout Elu Erf Floor Gelu HardSwish Identity LeakyRelu Mish Neg Relu
+Round Selu Shrink Sign Sin Sinh Softsign Sqrt Swish Tan Tanh
 """
 UNARY = """
 Acos Acosh BitwiseNot Cos Cosh Exp HardSigmoid IsInf IsNaN Log Not Reciprocal Sigmoid Softplus ThresholdedRelu
@@ -20,8 +20,8 @@ And BitShift BitwiseAnd BitwiseOr BitwiseXor Equal Greater GreaterOrEqual Less L
 
 def _unary(op: OpView) -> Relation | Refusal:
     """Every axis of the first input is an axis of every output; the other inputs are scalars (limits, ratios)."""
-    outputs = [broadcast([op.out_shape(k) if s is not None else None], op.in_shape(0))[0] for k, s in enumerate(op.out_sizes)]
-    return relate([*broadcast([op.in_shape(0)], op.in_shape(0))], outputs)
+    shapes = [op.out_shape(k) if s is not None else None for k, s in enumerate(op.out_sizes)]
+    return relate(broadcast([op.in_shape(0)], op.in_shape(0)), broadcast(shapes, op.in_shape(0)))
 
 
 def _nary(op: OpView) -> Relation | Refusal:
@@ -31,7 +31,8 @@ def _nary(op: OpView) -> Relation | Refusal:
 
 
 def _prelu(op: OpView) -> Relation | Refusal:
-    return relate(broadcast([op.in_shape(0), op.in_shape(1)], op.out_shape()), broadcast([op.out_shape()], op.out_shape()))
+    out = op.out_shape()
+    return relate(broadcast([op.in_shape(0), op.in_shape(1)], out), broadcast([out], out))
 
 
 def _clip_of_zero(op: OpView) -> Clauses:
