@@ -186,7 +186,11 @@ def analyse(
         extra_seeds: axes to freeze besides.
     """
     nominal = nominal or shapes
-    known = {name: shape for name in shapes.probes[0].shapes if shapes.known(name) and (shape := shapes.shape(name)) is not None}
+    known = {
+        name: shape
+        for name in shapes.probes[0].shapes
+        if shapes.known(name) and (shape := shapes.shape(name)) is not None
+    }
     statements = tuple(state(node, graph, shapes) for node in graph.nodes)
     seeds = [*extra_seeds, *outside_seeds(graph, shapes, known)]
     chosen = chosen_nodes(graph, only, exclude)
@@ -200,8 +204,8 @@ def analyse(
     weights: dict[AxisId, float] = {}
     for term in terms:
         macs = term.coefficient * float(np.prod([_size(nominal, a) for a in term.axes]))
-        for axis in term.axes:
-            weights[axis] = weights.get(axis, 0.0) + macs
+        for place in term.axes:
+            weights[place] = weights.get(place, 0.0) + macs
     coupling = couple(known, statements, seeds, weights)
     layers = tuple(layer for node in graph.nodes if (layer := layer_of(node, graph)) is not None)
     groups = _named(coupling, graph, statements)
@@ -217,8 +221,8 @@ def _named(coupling: Coupling, graph: Graph, statements: tuple[Statement, ...]) 
     """Names of the layers around each group; a group is called by its first producer."""
     where: dict[AxisId, list[int]] = {}
     for group in coupling.groups:
-        for axis in group.axes:
-            where.setdefault((axis.tensor, axis.axis), []).append(group.index)
+        for held in group.axes:
+            where.setdefault((held.tensor, held.axis), []).append(group.index)
     producers: list[dict[str, None]] = [{} for _ in coupling.groups]
     consumers: list[dict[str, None]] = [{} for _ in coupling.groups]
     for node, statement in zip(graph.nodes, statements, strict=True):
@@ -289,15 +293,15 @@ class CostModel:
             for axis in group.axes:
                 self.slope[index[axis.tensor, axis.axis], group.index] += axis.positions.shape[1]
         units = np.array([g.units for g in groups], dtype=np.float64)
-        for axis, row in index.items():
-            self.base[row] = sizes[axis] - self.slope[row] @ units
+        for place, row in index.items():
+            self.base[row] = sizes[place] - self.slope[row] @ units
         self.coefficient = np.array([self._fixed(t, analysis, index) for t in analysis.terms])
         depth = max((len(t.axes) for t in analysis.terms), default=0)
         none = len(index)
         self.rows = np.full((len(analysis.terms), depth), none)
         for k, term in enumerate(analysis.terms):
-            for j, axis in enumerate(term.axes):
-                self.rows[k, j] = index.get(axis, none)
+            for j, place in enumerate(term.axes):
+                self.rows[k, j] = index.get(place, none)
 
     @staticmethod
     def _fixed(term: MacTerm, analysis: Analysis, index: dict[AxisId, int]) -> float:

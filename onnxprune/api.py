@@ -13,17 +13,17 @@ import onnx
 
 from onnxprune.analysis import Analysis, CostModel, analyse
 from onnxprune.biases import add_biases, drop_biases
-from onnxprune.compare import Comparison, compare, measure_fidelity
+from onnxprune.compare import compare, measure_fidelity
 from onnxprune.cost import measure_latency, params
+from onnxprune.counting import count_model_macs, nominal_shapes
 from onnxprune.data import Calibration, Preprocessing, load_calibration
 from onnxprune.errors import InputError, InternalError, UnreachableTarget
 from onnxprune.graph import Graph, digest, read_model, write_bytes
 from onnxprune.groups import Seed
-from onnxprune.layers import mac_term
 from onnxprune.normalise import normalise
 from onnxprune.pipeline import Chooser
 from onnxprune.plan import Plan, removed_positions
-from onnxprune.probe import Shapes, probe, random_feeds, run_probe
+from onnxprune.probe import probe
 from onnxprune.progress import Progress
 from onnxprune.report import (
     Achieved,
@@ -163,7 +163,7 @@ def prune(
         times = measure_latency([original, pruned], batch, runtime)
         fidelity = measure_fidelity(original, pruned, held_out, batch_size or 32, runtime)
         before, after = (
-            Measures(int(round(macs)), params(m), m.ByteSize(), latency)
+            Measures(round(macs), params(m), m.ByteSize(), latency)
             for macs, m, latency in (
                 (full, original, times[0]),
                 (cost.macs(plan.counts(analysis)), pruned, times[1]),
@@ -175,7 +175,9 @@ def prune(
         after=after,
         achieved=Achieved.of(before, after),
         groups=tuple(
-            GroupEntry(g.name, g.units, len(plan.kept[g.name]), g.producers, g.consumers, chooser.errors.get(g.group.index))
+            GroupEntry(
+                g.name, g.units, len(plan.kept[g.name]), g.producers, g.consumers, chooser.errors.get(g.group.index)
+            )
             for g in analysis.groups
         ),
         frozen=tuple(
@@ -217,20 +219,6 @@ def analyze(
     cost = CostModel(analysis)
     least = cost.macs(np.ones(len(analysis.groups)))
     return Inspection(analysis, analysis.macs / least if least else float("inf"))
-
-
-def count_model_macs(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None = None) -> int:
-    """Multiply-accumulates of a model for one sample, counted on its graph at concrete shapes."""
-    graph = Graph(model)
-    runtime = Runtime("cpu", 0)
-    nominal = _nominal(graph, runtime, data)
-    total = 0.0
-    for node in graph.nodes:
-        term = mac_term(node, nominal)
-        if term is not None:
-            sizes = [(nominal.shape(name) or ())[axis] for name, axis in term.axes]
-            total += term.coefficient * float(np.prod(sizes))
-    return int(round(total))
 
 
 # ------------------------------------------------------------------------------------------------------ the parts
@@ -283,7 +271,7 @@ def _prepare(
         batch = calibration.feeds(list(range(min(3, len(calibration)))) if calibration.batchable else [0])
     shapes = probe(graph, runtime, batch)
     one = calibration.feeds([0]) if calibration is not None else None
-    nominal = _nominal(graph, runtime, one)
+    nominal = nominal_shapes(graph, runtime, one)
     seeds: tuple[Seed, ...] = ()
     while True:
         analysis = analyse(graph, shapes, nominal, only, exclude, seeds)
@@ -298,21 +286,7 @@ def _prepare(
             seeds += more
 
 
-def _nominal(graph: Graph, runtime: Runtime, feeds: Mapping[str, np.ndarray] | None) -> Shapes:
-    """Shapes at which costs are counted: one sample, of the data's size where there are data."""
-    if feeds is not None:
-        return Shapes((run_probe(graph, feeds, runtime),))
-    for sizes in ((1, 224, 224, 16), (1, 256, 256, 32), (1, 640, 640, 128)):
-        try:
-            return Shapes((run_probe(graph, random_feeds(graph, sizes), runtime),))
-        except Exception:  # this size does not suit the model
-            continue
-    return Shapes(probe(graph, runtime).probes[:1])
-
-
-def _target(
-    analysis: Analysis, cost: CostModel, speedup: float, best_effort: bool
-) -> tuple[float, float, list[int]]:
+def _target(analysis: Analysis, cost: CostModel, speedup: float, best_effort: bool) -> tuple[float, float, list[int]]:
     """Multiply-accumulates of the original, the most that may be left, and the fewest units per group."""
     units = np.array([g.units for g in analysis.groups])
     full, least = cost.macs(units), cost.macs(np.ones(len(units)))
@@ -340,7 +314,9 @@ def _check_written(model: onnx.ModelProto) -> None:
         raise InternalError(f"the pruned model does not pass onnx.checker: {error}") from error
 
 
-def _removed(analysis: Analysis, plan: Plan, original: Graph, prepared: _Prepared) -> dict[str, dict[int, tuple[int, ...]]]:
+def _removed(
+    analysis: Analysis, plan: Plan, original: Graph, prepared: _Prepared
+) -> dict[str, dict[int, tuple[int, ...]]]:
     """Removed positions of stored tensors, by the names that the original has."""
     known = set(original.stored_names()) | original.computed_from_constants
     found: dict[str, dict[int, tuple[int, ...]]] = {}
@@ -358,5 +334,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-

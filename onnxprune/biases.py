@@ -1,4 +1,4 @@
-"""A place for the intercept: layers without a bias get one of zeros, which goes again where nothing was fitted into it."""
+"""A place for the intercept: layers without a bias get zeros, which go again where nothing was fitted."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Error curves + cost curves -> how many units every group keeps.
 
 The cost of a layer depends on its input and its output width, so groups cannot be priced one by one. The Lagrangian
-``sum of errors + price * cost`` is minimised group by group until nothing moves; the price is bisected until the budget is
-met; what the discrete steps leave over is spent where it buys most.
+``sum of errors + price * cost`` is minimised group by group until nothing moves; the price is bisected until the budget
+is met; what the discrete steps leave over is spent where it buys most.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click_default_group import DefaultGroup
@@ -157,7 +157,6 @@ def cli() -> None:
 @_talk
 def prune(
     model: Path,
-    speedup: float,
     output: Path | None,
     force: bool,
     report_path: Path | None,
@@ -187,7 +186,7 @@ def prune(
 
     with _progress(quiet) as progress:
         options |= {"preprocessing": preprocessing, "progress": progress}
-        result = api.prune(model, speedup=speedup, data=data, reconstruct=not no_reconstruct, **options)
+        result = api.prune(model, data=data, reconstruct=not no_reconstruct, **options)
     if report_path is not None:
         with _writing(report_path):
             write_bytes(f"{result.report.to_json()}\n".encode(), report_path)
@@ -350,12 +349,6 @@ def _say(message: str) -> None:
     click.echo(f"onnxprune: {line}", err=True)
 
 
-def _never_choke(stream: TextIO) -> None:
-    """Print what the terminal's encoding lacks as a question mark."""
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="replace")
-
-
 def _status(error: BaseException, verbose: bool) -> int:
     """Say what went wrong in one sentence; the status to exit with."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
@@ -391,7 +384,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
-        _never_choke(stream)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what the terminal's encoding lacks becomes a question mark
     try:
         status = cli.main(given, prog_name="onnxprune", standalone_mode=False)
     except SystemExit as error:  # click's own way out of a closed pipe

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx
 
 from onnxprune.cost import Latency, measure_latency, params
+from onnxprune.counting import count_model_macs
 from onnxprune.data import Calibration, InputSpec, Preprocessing, load_calibration
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph, read_model
@@ -45,7 +46,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Side:
-    """What one of the two models is and costs."""
+    """What one of the two models is and costs; MACs are those of one record of the data."""
 
     name: str
     macs: int
@@ -117,15 +118,15 @@ def compare(
         feeds = calibration.feeds(range(batch))
         latencies = measure_latency((first, second), feeds, runtime)
     names = [each.graph.name or "model" if isinstance(each, onnx.ModelProto) else str(each) for each in (a, b)]
-    sides = [_side(*each) for each in zip(names, (first, second), latencies, strict=True)]
+    one = calibration.feeds([0])
+    sides = [_side(*each, one) for each in zip(names, (first, second), latencies, strict=True)]
     fed = next((len(array) for array in feeds.values() if array.ndim), 1)
     return Comparison(sides[0], sides[1], fidelity, calibration.source, fed, calibration.warnings)
 
 
-def _side(name: str, model: onnx.ModelProto, latency: Latency) -> Side:
-    from onnxprune.api import count_model_macs  # the pipeline imports this module
+def _side(name: str, model: onnx.ModelProto, latency: Latency, feeds: Mapping[str, Array]) -> Side:
 
-    return Side(name, count_model_macs(model), params(model), model.ByteSize(), latency)
+    return Side(name, count_model_macs(model, feeds), params(model), model.ByteSize(), latency)
 
 
 def measure_fidelity(

@@ -24,7 +24,9 @@ from onnx import numpy_helper
 from onnxprune.data import InputSpec
 from onnxprune.errors import InputError
 
-FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16})
+FLOATS = frozenset(
+    {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +84,7 @@ class Graph:
             if value.name in self.initializers:
                 continue
             if not value.type.HasField("tensor_type"):
-                raise InputError(
-                    f"input {value.name!r} of the model is not a tensor; only tensor inputs are supported"
-                )
+                raise InputError(f"input {value.name!r} of the model is not a tensor; only tensor inputs are supported")
             tensor = value.type.tensor_type
             dims = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in tensor.shape.dim)
             specs.append(InputSpec(value.name, dims, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))))

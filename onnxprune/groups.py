@@ -349,7 +349,7 @@ class _Solver:
                     rest.pop(0)
                     trial_label, trial_frozen = self._settle(trial_edges, trial_seeds, rest)
                 scores.append(self._score(trial_label, trial_frozen))
-            best = split.alternatives[int(np.argmax(scores))]
+            best = split.alternatives[max(range(len(scores)), key=scores.__getitem__)]
             pending.remove(split)
             self._apply(split, best, edges, seed_of)
             label, frozen = self._settle(edges, seed_of, pending)
@@ -358,7 +358,8 @@ class _Solver:
     def _score(self, label: np.ndarray, frozen: np.ndarray) -> tuple[float, int]:
         """Weight of what may shrink, then the number of separate units."""
         free = frozen < 0
-        return float(self.weight[free].sum()), len(np.unique(label[: len(free)][free & (self.weight > 0)]))
+        able = float(f"{self.weight[free].sum():.9e}")  # sums of the same weights in another order are a tie
+        return able, len(np.unique(label[: len(free)][free & (self.weight > 0)]))
 
     def _cluster(self, split: _Split, pending: list[_Split], label: np.ndarray) -> list[_Split]:
         """The pending splits that touch this one, through components or through each other."""

@@ -51,9 +51,7 @@ def _fold(model: onnx.ModelProto, graph: Graph, runtime: Runtime) -> None:
     only.CopyFrom(model)
     only.ir_version = max(only.ir_version, 4)  # initializers need not be inputs
     del only.graph.node[:], only.graph.input[:], only.graph.value_info[:]
-    only.graph.node.extend(
-        n for k, n in enumerate(model.graph.node) if k in folded or n.op_type == "Constant"
-    )
+    only.graph.node.extend(n for k, n in enumerate(model.graph.node) if k in folded or n.op_type == "Constant")
     values = runtime.session(expose(only, wanted), optimise=False).run(wanted, {})
     largest = max((int(np.prod(t.dims)) for t in model.graph.initializer), default=0)
     keep = {

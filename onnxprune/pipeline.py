@@ -98,7 +98,9 @@ class Chooser:
     def curves(self) -> list[np.ndarray]:
         """Per group the damage to the output for every kept count."""
         subset = self.data.split(max(len(self.data) - SENSITIVITY_SAMPLES, 0))[0]
-        batches = Batches(subset, self.batch or batch_size(self.analysis, [r.layer.data for r in self.readers]), self.seed)
+        batches = Batches(
+            subset, self.batch or batch_size(self.analysis, [r.layer.data for r in self.readers]), self.seed
+        )
         levels = [self._levels(info.units) for info in self.analysis.groups]
         with self.progress.stage("sensitivity", len(self.analysis.groups)):
             variants = {
@@ -163,7 +165,9 @@ class Chooser:
             together = [a + b for a, b in folds]
             for group in [g for g in reader.columns if g in pending]:
                 info = self.analysis.groups[group]
-                ranking = rank(self.method, info, self._problems(info, {reader.index: together}), self.analysis, self.seed)
+                ranking = rank(
+                    self.method, info, self._problems(info, {reader.index: together}), self.analysis, self.seed
+                )
                 self.kept[group] = ranking.kept(int(counts[group]))
             left = np.setdiff1d(np.arange(reader.width), self._gone(reader))
             left = left[:-1] if not reader.layer.bias else left

@@ -22,7 +22,9 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as a JSON object."""
-        return json.dumps({"schema_version": "1", "model": self.model, "kept": {k: list(v) for k, v in self.kept.items()}})
+        return json.dumps(
+            {"schema_version": "1", "model": self.model, "kept": {k: list(v) for k, v in self.kept.items()}}
+        )
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -51,7 +53,9 @@ def removed_positions(analysis: Analysis, plan: Plan) -> dict[AxisId, np.ndarray
     names = {g.name for g in analysis.groups}
     for name in plan.kept:
         if name not in names:
-            raise InputError(f"the plan names a group {name!r} that the model does not have; was it made for another model?")
+            raise InputError(
+                f"the plan names a group {name!r} that the model does not have; was it made for another model?"
+            )
     found: dict[AxisId, list[np.ndarray]] = {}
     for info in analysis.groups:
         kept = plan.kept.get(info.name)

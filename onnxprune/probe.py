@@ -114,9 +114,7 @@ def _other(first: Probe, found: list[Probe]) -> Probe:
     """The probe whose input sizes differ most from the first one's."""
 
     def alike(probe: Probe) -> int:
-        return sum(
-            a == b for name in first.feeds for a, b in zip(first.shapes[name], probe.shapes[name], strict=True)
-        )
+        return sum(a == b for name in first.feeds for a, b in zip(first.shapes[name], probe.shapes[name], strict=True))
 
     return min(found, key=alike)
 

@@ -124,9 +124,7 @@ def _touched(node: Node, cut: _Cut) -> bool:
 
 
 def _kept(node: Node, cut: _Cut) -> Kept:
-    return Kept(
-        tuple(cut.of(n) if n else () for n in node.inputs), tuple(cut.of(n) if n else () for n in node.outputs)
-    )
+    return Kept(tuple(cut.of(n) if n else () for n in node.inputs), tuple(cut.of(n) if n else () for n in node.outputs))
 
 
 def _set_attributes(proto: onnx.NodeProto, attributes: Mapping[str, object]) -> None:

@@ -1,7 +1,7 @@
 """A graph run piece by piece: each node once, with only the frontier between two pieces kept.
 
-Nodes are put in an order in which the nodes of interest come as late as they can, so that whatever else is to be known at
-that point (the other branch of a residual sum) has been computed before.
+Nodes are put in an order in which the nodes of interest come as late as they can, so that whatever else is to be known
+at that point (the other branch of a residual sum) has been computed before.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ class Segments:
         self.order = list(order)
         self.runtime = runtime
         self.place = {index: k for k, index in enumerate(order)}
-        self._last_use = {
-            name: max(self.place[n.index] for n in readers) for name, readers in graph.consumers.items()
-        }
+        self._last_use = {name: max(self.place[n.index] for n in readers) for name, readers in graph.consumers.items()}
         self._stored = set(graph.stored_names())
 
     def frontier(self, cut: int) -> list[str]:
@@ -89,7 +87,9 @@ class Segments:
         """
         arrays = arrays or {}
         graph = self.graph
-        inside = sorted({i for k, i in enumerate(self.order) if start <= k < stop and self._computes(i)} | self._constants())
+        inside = sorted(
+            {i for k, i in enumerate(self.order) if start <= k < stop and self._computes(i)} | self._constants()
+        )
         nodes = [graph.model.graph.node[i] for i in inside]
         made = {name for node in nodes for name in node.output}
         needed = {name for i in inside for name in (*graph.nodes[i].inputs, *graph.nodes[i].captured)} | set(outputs)
@@ -101,9 +101,7 @@ class Segments:
         # the pieces' nodes keep a topological order: by position, constants first
         inside.sort(key=lambda i: (graph.nodes[i].op != "Constant", self.place[i]))
         model.graph.node.extend(
-            graph.model.graph.node[i]
-            for i in inside
-            if not set(graph.nodes[i].outputs) & (set(arrays) | set(free))
+            graph.model.graph.node[i] for i in inside if not set(graph.nodes[i].outputs) & (set(arrays) | set(free))
         )
         for name in sorted(needed & self._stored):
             if name in free:
@@ -148,7 +146,9 @@ class Piece:
         self.computed = computed
         self.outputs = outputs
 
-    def run(self, tensors: Mapping[str, np.ndarray], free: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    def run(
+        self, tensors: Mapping[str, np.ndarray], free: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         """Compute the outputs from the tensors of the frontier."""
         given = {name: (free or {}).get(name, tensors.get(name)) for name in self.inputs}
         found = dict(zip(self.computed, self.session.run(self.computed, given), strict=True)) if self.session else {}

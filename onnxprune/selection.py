@@ -18,7 +18,10 @@ FROM_ACTIVATIONS = ("greedy", "lasso")
 
 
 def problems_of(
-    group: int, readers: Sequence[Reader], statistics: Mapping[int, Sequence[Statistics]], gone: Mapping[int, np.ndarray]
+    group: int,
+    readers: Sequence[Reader],
+    statistics: Mapping[int, Sequence[Statistics]],
+    gone: Mapping[int, np.ndarray],
 ) -> list[Problem]:
     """The selection problems of a group, one per reader and group of its convolution.
 
@@ -50,9 +53,7 @@ def _variance(statistics: Statistics) -> float:
     return float((statistics.energy - sums**2 / max(statistics.rows, 1)).sum())
 
 
-def rank(
-    method: str, info: GroupInfo, problems: list[Problem], analysis: Analysis, seed: int
-) -> Ranking:
+def rank(method: str, info: GroupInfo, problems: list[Problem], analysis: Analysis, seed: int) -> Ranking:
     """Rank a group's units.
 
     A group that no fitted layer reads, and methods that look at weights alone, are ranked by weights.
@@ -69,9 +70,7 @@ def rank(
 def filter_norms(info: GroupInfo, analysis: Analysis) -> np.ndarray:
     """Sum of absolute weights of the filters that make each unit (Li et al. 2017), (units,)."""
     graph = analysis.graph
-    made = {
-        (layer.weight, layer.out_axis) for layer in analysis.layers if layer.node.label in info.producers
-    }
+    made = {(layer.weight, layer.out_axis) for layer in analysis.layers if layer.node.label in info.producers}
     total = np.zeros(info.units)
     axes = [axis for axis in info.group.axes if (axis.tensor, axis.axis) in made]
     for axis in axes or [a for a in info.group.axes if graph.is_stored(a.tensor)]:

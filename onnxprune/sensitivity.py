@@ -1,8 +1,8 @@
 """What a group's loss does to the network's output: the yardstick that makes errors comparable across layers.
 
-Each group is narrowed alone, its readers fitted again in closed form, to a few widths, and the rest of the network is run
-from there on a small part of the data: Kullback-Leibler divergence where the output is class scores, relative squared
-error elsewhere.
+Each group is narrowed alone, its readers fitted again in closed form, to a few widths, and the rest of the network is
+run from there on a small part of the data: Kullback-Leibler divergence where the output is class scores, relative
+squared error elsewhere.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sums over calibration samples: all that selection and reconstruction need of the data.
 
 For one reader, with ``X`` its unfolded input (rows: sampled output positions; columns: channels x kernel taps, then one
-column of ones) and ``Y`` its target, kept are ``H = X'X``, ``B = X'Y`` and ``|Y|^2``. They add up over batches, so memory
-does not grow with the number of samples. Products are formed in the data's precision and summed in float64.
+column of ones) and ``Y`` its target, kept are ``H = X'X``, ``B = X'Y`` and ``|Y|^2``. They add up over batches, so
+memory does not grow with the number of samples. Products are formed in the data's precision and summed in float64.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ class Unfolding:
         return int(np.prod(self.kernel, dtype=np.int64))
 
     @staticmethod
-    def of(layer: Layer, weight_shape: tuple[int, ...], in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> Unfolding:
+    def of(
+        layer: Layer, weight_shape: tuple[int, ...], in_shape: tuple[int, ...], out_shape: tuple[int, ...]
+    ) -> Unfolding:
         """The unfolding of a layer, with ``auto_pad`` resolved from its shapes."""
         if layer.node.op not in ("Conv", "ConvTranspose"):
             return Unfolding()
@@ -141,7 +143,8 @@ def to_matrices(layer: Layer, weight: np.ndarray) -> np.ndarray:
         found = weight.reshape(g, c // g, o, -1).transpose(0, 1, 3, 2).reshape(g, -1, o)
     else:
         found = (weight if layer.weight_axis == 0 else weight.T)[None]
-    return found.astype(np.float64)
+    result: np.ndarray = found.astype(np.float64)
+    return result
 
 
 def from_matrices(layer: Layer, matrices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -153,4 +156,5 @@ def from_matrices(layer: Layer, matrices: np.ndarray, shape: tuple[int, ...]) ->
     if layer.node.op == "ConvTranspose":
         c, o = shape[:2]
         return matrices.reshape(g, c // g, -1, o).transpose(0, 1, 3, 2).reshape(shape)
-    return matrices[0] if layer.weight_axis == 0 else matrices[0].T
+    whole: np.ndarray = matrices[0] if layer.weight_axis == 0 else matrices[0].T
+    return whole

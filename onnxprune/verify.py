@@ -87,7 +87,7 @@ def silence(analysis: Analysis, plan: Plan) -> onnx.ModelProto:
     stored = {t.name: t for t in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant":
-            stored |= {node.output[0]: a.t for a in node.attribute if a.name == "value"}
+            stored.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
     for name in {tensor for tensor, _ in removed if tensor in stored}:
         array = graph.array(name).copy()
         for (tensor, axis), gone in removed.items():

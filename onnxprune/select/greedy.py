@@ -75,7 +75,8 @@ class _Elimination:
         columns = self.columns[units]  # (u, b)
         blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
         weights = self.weights[columns]  # (u, b, o)
-        return self.scale * np.einsum("ubo,ubo->u", weights, np.linalg.solve(blocks, weights))
+        growth: np.ndarray = np.einsum("ubo,ubo->u", weights, np.linalg.solve(blocks, weights))
+        return self.scale * growth
 
     def remove(self, unit: int) -> None:
         """Take a unit's columns out, all others fitted again."""

@@ -1,0 +1,43 @@
+"""Multiply-accumulates of a model as it stands, counted on its graph at concrete shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+
+from onnxprune.errors import InputError
+from onnxprune.graph import Graph
+from onnxprune.layers import mac_term
+from onnxprune.probe import Shapes, probe, random_feeds, run_probe
+from onnxprune.runtime import Runtime
+
+_SIZES = ((1, 224, 224, 16), (1, 256, 256, 32), (1, 640, 640, 128))
+
+
+def nominal_shapes(graph: Graph, runtime: Runtime, feeds: Mapping[str, np.ndarray] | None) -> Shapes:
+    """Shapes at which costs are counted: one sample, of the data's size where there are data."""
+    if feeds is not None:
+        return Shapes((run_probe(graph, feeds, runtime),))
+    for sizes in _SIZES:
+        try:
+            return Shapes((run_probe(graph, random_feeds(graph, sizes), runtime),))
+        except InputError:
+            raise
+        except Exception:  # this size does not suit the model; onnxruntime's errors share no base class
+            continue
+    return Shapes(probe(graph, runtime).probes[:1])
+
+
+def count_model_macs(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None = None) -> int:
+    """Multiply-accumulates of a model for one sample (or for the data given)."""
+    graph = Graph(model)
+    nominal = nominal_shapes(graph, Runtime("cpu", 0), data)
+    total = 0.0
+    for node in graph.nodes:
+        term = mac_term(node, nominal)
+        if term is not None:
+            sizes = [(nominal.shape(name) or ())[axis] for name, axis in term.axes]
+            total += term.coefficient * float(np.prod(sizes))
+    return round(total)
