@@ -1,0 +1,188 @@
+"""Reconstruction against explicit least squares on samples, and on samples that it has not seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxprune.reconstruct import RIDGES, fit, solve
+from onnxprune.statistics import Statistics
+
+COLUMNS, OUTPUTS = 8, 3  # the last column is the bias
+
+
+def rows(count: int, rng: np.random.Generator, columns: int = COLUMNS) -> np.ndarray:
+    x = rng.standard_normal((count, columns))
+    x[:, :-1] += rng.uniform(-1, 1, columns - 1)
+    x[:, -1] = 1.0
+    return x
+
+
+def summed(x: np.ndarray, y: np.ndarray) -> Statistics:
+    found = Statistics.empty(x.shape[1], y.shape[1])
+    found.add(x, y)
+    return found
+
+
+def halves(x: np.ndarray, y: np.ndarray) -> list[Statistics]:
+    return [summed(x[k::2], y[k::2]) for k in range(2)]
+
+
+def sliced(weights: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    found = np.zeros_like(weights)
+    found[kept] = weights[kept]
+    return found
+
+
+def residual(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
+    return float(np.square(y - x @ weights).sum())
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1e-6, 1e-3, 1.0]))
+@settings(max_examples=25, deadline=None)
+def test_solve_minimises_the_objective_that_it_states(seed: int, ridge: float) -> None:
+    """|Y - X_S W|^2 + r |W - V_S|^2, r relative to the mean diagonal; the bias all but free."""
+    rng = np.random.default_rng(seed)
+    x, prior = rows(40, rng), rng.standard_normal((COLUMNS, OUTPUTS))
+    y = rng.standard_normal((40, OUTPUTS))
+    kept = np.sort(np.append(rng.choice(COLUMNS - 1, 4, replace=False), COLUMNS - 1))
+    diagonal = np.square(x[:, kept]).sum(axis=0)
+    penalty = np.full(len(kept), ridge * diagonal.mean())
+    penalty[-1] = 1e-9 * diagonal[-1]
+    root = np.diag(np.sqrt(penalty))
+    explicit = np.linalg.lstsq(np.concatenate([x[:, kept], root]), np.concatenate([y, root @ prior[kept]]), rcond=None)[
+        0
+    ]
+    found = solve(summed(x, y), kept, prior, ridge)
+    np.testing.assert_allclose(found[kept], explicit, rtol=1e-9, atol=1e-9)
+    assert (np.delete(found, kept, axis=0) == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_combination_of_kept_channels_is_made_up_for(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, weights = rows(200, rng), rng.standard_normal((COLUMNS, OUTPUTS))
+    mix = rng.standard_normal(COLUMNS)
+    mix[[2, 5]] = 0
+    x[:, 2] = x @ mix  # bias among what it is made of
+    y = x @ weights
+    kept = np.array([0, 1, 3, 4, 5, 6, 7])
+    found = fit(halves(x, y), kept, weights)
+    assert found.ridge == min(RIDGES)
+    assert found.error < 1e-10
+    np.testing.assert_allclose(found.weights[kept], (weights + np.outer(mix, weights[2]))[kept], atol=1e-4)
+    assert residual(x, y, sliced(weights, kept)) > 1e-2 * np.square(y).sum()  # it was worth it
+
+
+@given(st.integers(0, 10_000), st.integers(1, 30), st.integers(0, 7))
+@settings(max_examples=60, deadline=None)
+def test_never_worse_than_leaving_the_weights_alone(seed: int, count: int, left: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, weights = rows(count, rng), rng.standard_normal((COLUMNS, OUTPUTS))
+    y = x @ weights + rng.uniform(0, 2) * rng.standard_normal((count, OUTPUTS))
+    kept = np.sort(np.append(rng.choice(COLUMNS - 1, left, replace=False), COLUMNS - 1))
+    found = fit(halves(x, y), kept, weights)
+    energy = np.square(y).sum()
+    assert residual(x, y, found.weights) <= residual(x, y, sliced(weights, kept)) + 1e-9 * energy
+    assert found.error == pytest.approx(residual(x, y, found.weights) / energy, rel=1e-6, abs=1e-9)
+    assert (np.delete(found.weights, kept, axis=0) == 0).all()
+
+
+def test_nothing_is_removed_and_nothing_changes() -> None:
+    rng = np.random.default_rng(0)
+    x, weights = rows(100, rng), rng.standard_normal((COLUMNS, OUTPUTS))
+    found = fit(halves(x, x @ weights), np.arange(COLUMNS), weights)
+    np.testing.assert_allclose(found.weights, weights, rtol=0, atol=1e-12)
+
+
+def test_few_noisy_rows_are_trusted_less_than_unregularised() -> None:
+    """Twelve rows for eleven weights: the ridge that the other half likes does better on new rows, on every draw."""
+    better = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        weights = rng.standard_normal((12, OUTPUTS))
+        x, new = rows(24, rng, 12), rows(2000, rng, 12)
+        y = x @ weights + 3.0 * rng.standard_normal((24, OUTPUTS))
+        kept = np.delete(np.arange(12), 3)
+        found = fit(halves(x, y), kept, weights)
+        plain = sliced(np.zeros_like(weights), kept)
+        plain[kept] = np.linalg.lstsq(x[:, kept], y, rcond=None)[0]
+        assert found.ridge > min(RIDGES)
+        better.append(residual(new, new @ weights, found.weights) / residual(new, new @ weights, plain))
+    assert max(better) < 1
+    assert np.median(better) < 0.7
+
+
+def test_many_clean_rows_are_trusted() -> None:
+    rng = np.random.default_rng(1)
+    x, weights = rows(4000, rng), rng.standard_normal((COLUMNS, OUTPUTS))
+    y = x @ rng.standard_normal((COLUMNS, OUTPUTS))  # far from the weights as they are
+    assert fit(halves(x, y), np.arange(COLUMNS), weights).ridge == min(RIDGES)
+
+
+def singular(kind: str, rng: np.random.Generator) -> np.ndarray:
+    x = rows(50, rng)
+    if kind == "dead channel":
+        x[:, 1] = 0
+    elif kind == "equal channels":
+        x[:, 2] = x[:, 1]
+    elif kind == "channel as constant as the bias":
+        x[:, 3] = 4.0
+    elif kind == "one row":
+        x = x[:1]
+    elif kind == "all dead":
+        x[:, :-1] = 0
+    elif kind == "huge and tiny":
+        x[:, 0] *= 1e6
+        x[:, 1] *= 1e-6
+    return x
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["dead channel", "equal channels", "channel as constant as the bias", "one row", "all dead", "huge and tiny"],
+)
+def test_a_singular_gram_matrix_does_no_harm(kind: str) -> None:
+    rng = np.random.default_rng(2)
+    x, weights = singular(kind, rng), rng.standard_normal((COLUMNS, OUTPUTS))
+    y = x @ weights
+    kept = np.delete(np.arange(COLUMNS), 4)
+    found = fit(halves(x, y), kept, weights)
+    assert np.isfinite(found.weights).all()
+    assert np.abs(found.weights).max() < 10 * np.abs(weights).max()
+    assert residual(x, y, found.weights) <= residual(x, y, sliced(weights, kept)) * (1 + 1e-9) + 1e-9
+
+
+def test_a_dead_channel_keeps_its_weights() -> None:
+    rng = np.random.default_rng(3)
+    x, weights = singular("dead channel", rng), rng.standard_normal((COLUMNS, OUTPUTS))
+    found = solve(summed(x, x @ weights), np.arange(COLUMNS), weights, 1e-3)
+    np.testing.assert_allclose(found[1], weights[1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_where_a_half_is_empty_the_strongest_ridge_is_taken(empty: int) -> None:
+    rng = np.random.default_rng(4)
+    x, weights = rows(30, rng), rng.standard_normal((COLUMNS, OUTPUTS))
+    folds = [summed(x, x @ weights), Statistics.empty(COLUMNS, OUTPUTS)]
+    found = fit(folds[::-1] if empty == 0 else folds, np.arange(COLUMNS), weights)
+    assert found.ridge == max(RIDGES)
+    np.testing.assert_allclose(found.weights, weights, atol=1e-9)
+
+
+def test_without_any_rows_the_weights_are_sliced() -> None:
+    weights = np.random.default_rng(5).standard_normal((COLUMNS, OUTPUTS))
+    kept = np.array([0, 2, 7])
+    found = fit([Statistics.empty(COLUMNS, OUTPUTS)] * 2, kept, weights)
+    np.testing.assert_array_equal(found.weights, sliced(weights, kept))
+
+
+def test_a_layer_without_a_bias_gets_none() -> None:
+    rng = np.random.default_rng(6)
+    x, weights = rows(60, rng), rng.standard_normal((COLUMNS, OUTPUTS))
+    weights[-1] = 0
+    kept = np.arange(COLUMNS - 1)[1:]
+    found = fit(halves(x, x @ weights + 5.0), kept, weights)
+    assert (found.weights[[0, -1]] == 0).all()
