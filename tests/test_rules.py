@@ -1,9 +1,9 @@
 """One law for every row of the table.
 
 For random legal sizes and attributes, a letter and a random set to keep, ``run(take(inputs)) == take(run(inputs))``,
-with the node repaired; for a letter that is read away, ``run(take(inputs)) == run(zeroed(inputs))``; for a letter marked
-``!`` it has to fail for some draw, and for one marked ``~`` where nothing was zeroed. Positions that an index map
-relates are taken out together, and the same law holds.
+with the node repaired; for a letter that is read away, ``run(take(inputs)) == run(zeroed(inputs))``; for a letter
+marked ``!`` it has to fail for some draw, and for one marked ``~`` where nothing was zeroed. Positions that an index
+map relates are taken out together, and the same law holds.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from builder import IR, RUNTIME
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from builder import IR, RUNTIME
 from onnxprune.axes import BoundAxis, BoundRelation, Refusal
 from onnxprune.rules import TABLE
 from onnxprune.rules.base import Kept, OpView, Repair, Row, describe, row_for
