@@ -1,0 +1,325 @@
+"""Costs as they are counted on rewritten models, and allocations against brute force."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from builder import RUNTIME, Builder, analysed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxprune.analysis import Analysis, CostModel, analyse
+from onnxprune.budget import allocate, global_threshold, interpolate, uniform
+from onnxprune.counting import count_model_macs, nominal_shapes
+from onnxprune.graph import Graph
+from onnxprune.normalise import normalise
+from onnxprune.plan import Plan
+from onnxprune.probe import probe
+from onnxprune.rewrite import rewrite
+
+
+def vgg(batch: int | str = 1) -> onnx.ModelProto:
+    g = Builder()
+    x = g.input("x", [batch, 3, 12, 12])
+    x = g.Relu(g.conv(g.Relu(g.conv(x, 5)), 6))
+    x = g.MaxPool(x, kernel_shape=[2, 2], strides=[2, 2])
+    x = g.Relu(g.batch_norm(g.conv(x, 7, bias=False)))
+    x = g.Flatten(g.MaxPool(x, kernel_shape=[2, 2], strides=[2, 2]))
+    x = g.Relu(g.node("Gemm", x, g.weight(9, 63), g.weight(9), transB=1))
+    return g.model(g.gemm(x, 4))
+
+
+def residual() -> onnx.ModelProto:
+    g = Builder()
+    x = g.input("x", [1, 3, 8, 8])
+    x = g.Relu(g.conv(x, 6))
+    for width in (4, 5):
+        x = g.Relu(g.Add(x, g.batch_norm(g.conv(g.Relu(g.batch_norm(g.conv(x, width))), 6))))
+    y = g.conv(g.Relu(g.conv(x, 8, strides=[2, 2])), 8)
+    x = g.Relu(g.Add(y, g.conv(x, 8, k=1, strides=[2, 2], pads=[0] * 4)))
+    return g.model(g.gemm(g.Flatten(g.GlobalAveragePool(x)), 4))
+
+
+def mobile() -> onnx.ModelProto:
+    g = Builder()
+    x = g.Relu(g.conv(g.input("x", [1, 3, 8, 8]), 6))
+    x = g.Relu(g.conv(g.conv(g.Relu(g.conv(x, 8, k=1)), 8, group=8), 5, k=1))
+    x = g.Concat(g.conv(x, 3), g.ConvTranspose(x, g.weight(5, 4, 1, 1)), axis=1)
+    return g.model(g.conv(x, 2))
+
+
+def transformer() -> onnx.ModelProto:
+    g = Builder()
+    x = g.input("x", [1, 6, 8])
+    return g.model(g.Add(x, g.linear(g.Relu(g.linear(x, 12)), 8)))
+
+
+MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
+    "vgg": vgg,
+    "residual": residual,
+    "mobile": mobile,
+    "transformer": transformer,
+}
+
+
+@functools.cache
+def prepared(name: str) -> tuple[Analysis, dict[str, str]]:
+    return analysed(MODELS[name]())
+
+
+def units_of(analysis: Analysis) -> np.ndarray:
+    return np.array([g.units for g in analysis.groups])
+
+
+def plan_of(analysis: Analysis, counts: np.ndarray, seed: int = 0) -> Plan:
+    rng = np.random.default_rng(seed)
+    kept = {g.name: rng.permutation(g.units)[:n] for g, n in zip(analysis.groups, counts, strict=True)}
+    return Plan("", {name: tuple(sorted(units.tolist())) for name, units in kept.items()})
+
+
+# ------------------------------------------------------------------------------------------------------ cost model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_original_costs_what_is_counted_on_it(name: str) -> None:
+    analysis = prepared(name)[0]
+    assert CostModel(analysis).macs(units_of(analysis)) == count_model_macs(MODELS[name]()) == analysis.macs
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("seed", range(4))
+def test_any_kept_counts_cost_what_is_counted_on_the_rewritten_model(name: str, seed: int) -> None:
+    analysis, copies = prepared(name)
+    counts = np.random.default_rng(seed).integers(1, units_of(analysis) + 1)
+    new = rewrite(analysis, plan_of(analysis, counts, seed), copies=copies)
+    assert CostModel(analysis).macs(counts) == count_model_macs(new)
+
+
+def test_a_dynamic_batch_is_counted_as_one_sample() -> None:
+    model = vgg("n")
+    plain, _ = normalise(Graph(model), RUNTIME)
+    graph = Graph(plain)
+    analysis = analyse(graph, probe(graph, RUNTIME), nominal_shapes(graph, RUNTIME, None))
+    counts = units_of(analysis) // 2
+    assert CostModel(analysis).macs(units_of(analysis)) == count_model_macs(vgg(1))
+    assert CostModel(analysis).macs(counts) == count_model_macs(rewrite(analysis, plan_of(analysis, counts)))
+
+
+def test_a_known_cost() -> None:
+    g = Builder()
+    x = g.conv(g.input("x", [1, 3, 8, 8]), 4)
+    analysis = analysed(g.model(g.conv(x, 5, k=1)))[0]
+    cost = CostModel(analysis)
+    assert cost.macs(np.array([4])) == 64 * (4 * 3 * 9 + 5 * 4)
+    assert cost.per_term(np.array([1])).tolist() == [64 * 3 * 9, 64 * 5]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_along_a_group_is_one_by_one(name: str) -> None:
+    analysis = prepared(name)[0]
+    cost, units = CostModel(analysis), units_of(analysis)
+    kept = np.random.default_rng(1).integers(1, units + 1)
+    for group, size in enumerate(units):
+        candidates = np.arange(1, size + 1)
+        moved = [cost.macs(np.where(np.arange(len(units)) == group, c, kept)) for c in candidates]
+        np.testing.assert_allclose(cost.along(kept, group, candidates), moved, rtol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------ allocation
+
+
+@functools.cache
+def branches(kernels: tuple[int, ...]) -> CostModel:
+    """Parallel branches of 3 to 5 units into one sum: every unit of a branch costs the same, whatever the others do."""
+    g = Builder()
+    x = g.input("x", [1, 2, 4, 4])
+    ends = [g.conv(g.Relu(g.conv(x, 3 + i, k=k)), 2, k=k) for i, k in enumerate(kernels)]
+    analysis = analysed(g.model(functools.reduce(lambda a, b: g.Add(a, b), ends)))[0]
+    assert units_of(analysis).tolist() == [3 + i for i in range(len(kernels))]
+    return CostModel(analysis)
+
+
+def convex(units: int, rng: np.random.Generator) -> np.ndarray:
+    """An error curve that falls to zero, ever more slowly."""
+    steps = np.sort(rng.uniform(0.1, 1.0, units))
+    return np.concatenate([np.cumsum(steps)[::-1], [0.0]])
+
+
+def error(curves: list[np.ndarray], kept: np.ndarray) -> float:
+    return float(sum(c[k] for c, k in zip(curves, kept, strict=True)))
+
+
+def least_error(curves: list[np.ndarray], cost: CostModel, limit: float, floors: list[int]) -> float:
+    ranges = [range(f, len(c)) for c, f in zip(curves, floors, strict=True)]
+    return min(error(curves, np.array(k)) for k in itertools.product(*ranges) if cost.macs(np.array(k)) <= limit)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_allocation_is_brute_force_where_all_units_cost_the_same(seed: int, share: float) -> None:
+    cost, rng = branches((3, 3, 3)), np.random.default_rng(seed)
+    curves = [convex(n, rng) * rng.uniform(0.2, 5) for n in (3, 4, 5)]
+    floors = [1, 2, 1]
+    limit = cost.macs(np.array([3, 4, 5])) * share
+    kept = allocate(curves, cost, max(limit, cost.macs(np.array(floors))), floors)
+    assert error(curves, kept) == pytest.approx(least_error(curves, cost, max(limit, cost.macs(floors)), floors))
+
+
+@given(st.integers(0, 10_000), st.floats(0.35, 1.0))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_allocation_wastes_less_than_a_unit(seed: int, share: float) -> None:
+    """With units of unlike cost (a knapsack) the error is below the least one of a budget without the dearest unit."""
+    cost, rng = branches((1, 3, 5)), np.random.default_rng(seed)
+    curves = [convex(n, rng) * rng.uniform(0.2, 5) for n in (3, 4, 5)]
+    dearest = cost.macs(np.array([1, 1, 2])) - cost.macs(np.array([1, 1, 1]))
+    limit = cost.macs(np.array([3, 4, 5])) * share
+    if limit - dearest >= cost.macs(np.ones(3)):
+        kept = allocate(curves, cost, limit, [1, 1, 1])
+        assert error(curves, kept) <= least_error(curves, cost, limit - dearest, [1, 1, 1]) + 1e-9
+
+
+Allocator = Callable[[Analysis, CostModel, float, list[int]], np.ndarray]
+
+
+def by_curves(analysis: Analysis, cost: CostModel, limit: float, floors: list[int]) -> np.ndarray:
+    rng = np.random.default_rng(3)
+    return allocate([convex(g.units, rng) for g in analysis.groups], cost, limit, floors)
+
+
+def by_share(analysis: Analysis, cost: CostModel, limit: float, floors: list[int]) -> np.ndarray:
+    return uniform([g.units for g in analysis.groups], cost, limit, floors)
+
+
+def by_threshold(analysis: Analysis, cost: CostModel, limit: float, floors: list[int]) -> np.ndarray:
+    rng = np.random.default_rng(3)
+    return global_threshold([rng.uniform(0, 1, g.units) for g in analysis.groups], cost, limit, floors)
+
+
+ALLOCATORS: dict[str, Allocator] = {"curves": by_curves, "share": by_share, "threshold": by_threshold}
+
+
+@pytest.mark.parametrize("floor", [1, 2])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("by", ALLOCATORS)
+def test_allocations_keep_to_the_limit_and_the_floors(by: str, name: str, share: float, floor: int) -> None:
+    analysis = prepared(name)[0]
+    cost, units = CostModel(analysis), units_of(analysis)
+    floors = [floor] * len(units)
+    limit = max(analysis.macs * share, cost.macs(np.array(floors)))
+    kept = ALLOCATORS[by](analysis, cost, limit, floors)
+    assert (kept >= floor).all()
+    assert (kept <= units).all()
+    assert cost.macs(kept) <= limit
+    if share == 1.0:
+        assert kept.tolist() == units.tolist()
+    if by != "threshold":  # nothing more fits in
+        more = [cost.macs(kept + np.eye(len(units), dtype=int)[g]) for g in np.flatnonzero(kept < units)]
+        assert all(macs > limit for macs in more)
+
+
+@pytest.mark.parametrize("by", ALLOCATORS)
+def test_the_floors_are_kept_where_even_they_cost_too_much(by: str) -> None:
+    analysis = prepared("residual")[0]
+    floors = [2] * len(analysis.groups)
+    assert ALLOCATORS[by](analysis, CostModel(analysis), 1.0, floors).tolist() == floors
+
+
+def test_units_that_cost_no_error_are_kept_where_they_fit() -> None:
+    cost = branches((3, 3, 3))
+    curves = [np.array([9.0, 0, 0, 0]), np.array([9.0, 0, 0, 0, 0]), np.array([9.0, 5, 4, 3, 2, 0])]
+    assert allocate(curves, cost, cost.macs(np.array([3, 4, 5])), [1, 1, 1]).tolist() == [3, 4, 5]
+    assert allocate(curves, cost, cost.macs(np.array([1, 1, 5])), [1, 1, 1]).tolist() == [1, 1, 5]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_uniform_keeps_of_every_group_at_least_the_largest_share_that_fits(name: str, share: float) -> None:
+    analysis = prepared(name)[0]
+    cost, units = CostModel(analysis), units_of(analysis)
+    kept = uniform(units.tolist(), cost, analysis.macs * share, [1] * len(units))
+    shares = [np.maximum(np.round(units * s), 1) for s in np.linspace(0, 1, 2001)]
+    fitting = [counts for counts in shares if cost.macs(counts) <= analysis.macs * share]
+    assert (kept >= fitting[-1]).all()
+
+
+@given(st.integers(0, 10_000), st.floats(0.2, 1.0))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_global_threshold_is_one_and_the_lowest(seed: int, share: float) -> None:
+    analysis, rng = prepared("residual")[0], np.random.default_rng(seed)
+    cost = CostModel(analysis)
+    scores = [rng.integers(0, 12, g.units) / 10 for g in analysis.groups]  # with ties
+    limit = analysis.macs * share
+    kept = global_threshold(scores, cost, limit, [1] * len(scores))
+
+    def above(bar: float) -> np.ndarray:
+        return np.array([max(int((s >= bar).sum()), 1) for s in scores])
+
+    bars = [*np.unique(np.concatenate(scores)), np.inf]
+    fitting = [bar for bar in bars if cost.macs(above(bar)) <= limit]
+    assert kept.tolist() == (above(min(fitting)) if fitting else above(np.inf)).tolist()
+
+
+# --------------------------------------------------------------------------------------------------- interpolation
+
+UNKNOWN = np.full(21, np.nan)
+FALLING = np.concatenate([np.geomspace(10, 1e-3, 20), [0.0]])
+
+
+@pytest.mark.parametrize("errors", [UNKNOWN, FALLING, FALLING + 3.0], ids=["unknown", "falling", "never zero"])
+@pytest.mark.parametrize(
+    ("levels", "measured"),
+    [
+        ([2, 5, 8, 12, 17], [4.0, 1.5, 0.7, 0.2, 0.01]),
+        ([17, 2, 8], [0.01, 4.0, 0.7]),  # in any order
+        ([10], [1.0]),
+        ([1, 19], [3.0, 0.0]),
+    ],
+)
+def test_interpolation_hits_the_measurements_and_falls(
+    levels: list[int], measured: list[float], errors: np.ndarray
+) -> None:
+    found = interpolate(20, levels, measured, errors)
+    assert found.shape == (21,)
+    np.testing.assert_allclose(found[levels], measured, rtol=1e-6, atol=1e-9)
+    assert found[20] == 0
+    assert (np.diff(found) <= 0).all()
+    assert found[0] > max(measured)  # emptier than measured is worse than measured
+
+
+def test_measurements_that_rise_with_the_width_are_made_to_fall() -> None:
+    found = interpolate(20, [5, 10, 15], [1.0, 2.0, 0.5], FALLING)
+    assert (np.diff(found) <= 0).all()
+    np.testing.assert_allclose(found[[5, 10, 15]], [2.0, 2.0, 0.5], rtol=1e-6)
+
+
+def test_negative_measurements_count_as_none() -> None:
+    found = interpolate(20, [5, 15], [1.0, -1e-9], UNKNOWN)
+    assert (found >= 0).all()
+    assert (found[15:] == 0).all()
+
+
+def test_between_measurements_the_damage_grows_as_the_error_does() -> None:
+    errors = np.linspace(1, 0, 21) ** 2
+    found = interpolate(20, [10], [1.0], errors)
+    np.testing.assert_allclose(found[10:], errors[10:] / errors[10], rtol=1e-9, atol=1e-9)
+    straight = interpolate(20, [10], [1.0], UNKNOWN)
+    np.testing.assert_allclose(straight[10:], np.linspace(1, 0, 11), rtol=1e-9, atol=1e-9)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_interpolation_never_rises(data: st.DataObject) -> None:
+    units = data.draw(st.integers(2, 30))
+    levels = data.draw(st.lists(st.integers(1, units - 1), min_size=1, max_size=5, unique=True))
+    measured = [data.draw(st.floats(-0.1, 10)) for _ in levels]
+    errors = np.array([data.draw(st.floats(0, 5)) for _ in range(units + 1)])
+    found = interpolate(units, levels, measured, np.sort(errors)[::-1])
+    assert np.isfinite(found).all()
+    assert (np.diff(found) <= 0).all()
+    assert found[units] == 0
