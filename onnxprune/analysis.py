@@ -88,7 +88,8 @@ def view(node: Node, graph: Graph, shapes: Shapes, which: int = 0) -> OpView:
             return None
         if graph.is_stored(name):
             return graph.array(name) if int(np.prod(graph.stored(name).dims)) <= 1 << 16 else None
-        return order[0].values.get(name) if name in graph.computed_from_constants else None
+        known = name in graph.computed_from_constants or name in shapes.static_sizes
+        return order[0].values.get(name) if known else None
 
     def seen(name: str) -> np.ndarray | None:
         found = value(name)

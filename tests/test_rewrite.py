@@ -338,8 +338,6 @@ def declared_shapes() -> onnx.ModelProto:
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_random_plan_is_proven(name: str) -> None:
-    if name == "slices_at_computed_bounds":
-        pytest.xfail("sizes that a static shape fixes are not yet shown to the rules")
     model = GRAPHS[name]()
     new, analysis, _, proof = pruned(model, seed=3)
     assert analysis.groups, "nothing to prune"
