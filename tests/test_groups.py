@@ -12,6 +12,8 @@ import onnx
 import pytest
 from builder import Builder, analysed, pruned, table
 
+from onnxprune import groups
+
 GRAPHS: dict[str, tuple[Callable[[], onnx.ModelProto], list[str]]] = {}
 
 
@@ -207,6 +209,30 @@ def test_groups(name: str) -> None:
 def test_a_random_plan_of_it_is_proven(name: str) -> None:
     _, _, _, proof = pruned(GRAPHS[name][0](), seed=1)
     assert proof.max_relative_difference < 1e-5
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_choices_made_part_by_part_are_those_made_on_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    apart, _ = analysed(GRAPHS[name][0]())
+    monkeypatch.setattr(groups._Part, "parts", lambda part: [part])
+    whole, _ = analysed(GRAPHS[name][0]())
+    assert table(apart) == table(whole)
+    assert apart.frozen == whole.frozen
+
+
+def test_two_networks_side_by_side_are_cut_as_each_alone() -> None:
+    g = Builder()
+    x = g.input("x", [2, 3, 6, 6])
+    alone, ends = [], []
+    for name in ("one", "two", "three"):
+        y = conv(g, conv(g, conv(g, x, f"{name}.a", 4), f"{name}.gc", 6, group=2), f"{name}.c", 5)
+        alone += [
+            f"{name}.a x2: {name}.a.w.0:2 {name}.a.b.0:2 {name}.gc.w.1:1",
+            f"{name}.gc x3: {name}.gc.w.0:2 {name}.gc.b.0:2 {name}.c.w.1:2",
+        ]
+        ends.append(y)
+    analysis, _ = analysed(g.model(*ends))
+    assert table(analysis) == alone
 
 
 def frozen(make: Callable[[Builder], str | tuple[str, ...]]) -> list[str]:
