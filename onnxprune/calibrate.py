@@ -15,12 +15,12 @@ import numpy as np
 from onnxprune.analysis import Analysis
 from onnxprune.data import Calibration
 from onnxprune.errors import InternalError
-from onnxprune.graph import Graph
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader
 from onnxprune.runtime import Runtime
 from onnxprune.segments import Segments, late_order
 from onnxprune.statistics import FOLDS, Statistics
+from onnxprune.surroundings import Behind, Samples, look_behind
 from onnxprune.unfold import out_positions, sample_positions
 
 TARGET_ROWS = 65536  # rows per reader: positions are drawn so that all samples together give about this many
@@ -105,39 +105,7 @@ def _out_shape(analysis: Analysis, reader: Reader, x: np.ndarray) -> tuple[int, 
     raise InternalError(f"layer {layer.node.label!r} met an input of size {x.shape} that was not probed")
 
 
-class Residual:
-    """The sum behind a reader: the other operand, known before the reader runs."""
-
-    def __init__(self, tensor: str, scale: np.ndarray) -> None:
-        self.tensor = tensor
-        self.scale = scale  # of the reader's output on its way to the sum, per output
-
-
-def find_residual(graph: Graph, reader: Reader, available: set[str]) -> Residual | None:
-    """The residual sum that a reader's output goes into, if the other operand is available."""
-    name = reader.layer.output
-    scale = np.ones(len(reader.output_scale))
-    while True:
-        following = graph.consumers.get(name, ())
-        if len(following) != 1 or name in graph.outputs:
-            return None
-        node = following[0]
-        if node.op == "Add" and not node.domain:
-            if len(set(node.inputs)) != 2:
-                return None
-            other = next(n for n in node.inputs if n != name)
-            if other in graph.computed_from_constants:
-                name = node.outputs[0]  # a bias
-                continue
-            return Residual(other, scale) if other in available else None
-        if node.op == "BatchNormalization" and name == reader.layer.output:
-            scale = reader.output_scale
-        elif node.op not in ("Identity", "Dropout"):
-            return None
-        name = node.outputs[0]
-
-
-Fitter = Callable[[Reader, list[list[Statistics]]], Arrays]
+Fitter = Callable[[Reader, list[list[Statistics]], Samples | None], Arrays]
 
 
 class Sweep:
@@ -178,14 +146,14 @@ class Sweep:
             start = self.cuts[k]
             stop = self.cuts[k + 1] if k + 1 < len(self.cuts) else start + 1
             ahead = self.segments.frontier(stop) if k + 1 < len(self.cuts) else []
-            residual = find_residual(self.graph, reader, set(self.segments.frontier(start)))
+            behind = look_behind(self.graph, reader, set(self.segments.frontier(start)))
             piece = self.segments.piece(start, stop, [*ahead, reader.layer.output], original[0])
-            folds = self._empty(reader)
+            folds, samples = self._empty(reader), Samples.of(behind, reader, len(original))
             for batch, now in enumerate(original):
                 found = piece.run(now)
-                self._add(folds, reader, residual, batch, now, pruned[batch], found[reader.layer.output])
+                self._add(folds, samples, reader, behind, batch, now, pruned[batch], found[reader.layer.output])
                 original[batch] = {name: found[name] for name in ahead}
-            self.arrays |= fit(reader, folds)
+            self.arrays |= fit(reader, folds, samples)
             if ahead:
                 pruned = self._advance(start, stop, ahead, pruned, self.arrays)
             progress.advance()
@@ -204,8 +172,9 @@ class Sweep:
     def _add(
         self,
         folds: list[list[Statistics]],
+        samples: Samples | None,
         reader: Reader,
-        residual: Residual | None,
+        behind: Behind,
         batch: int,
         original: Tensors,
         pruned: Tensors,
@@ -215,14 +184,16 @@ class Sweep:
         x = pruned[reader.layer.data]
         out = _out_shape(self.analysis, reader, x)
         positions = self.batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
-        target = reader.unfolding.targets(output, positions)
-        if residual is not None and residual.tensor in pruned:
-            here, there = original[residual.tensor], pruned[residual.tensor]
-            if here.shape == output.shape and here is not there:
-                gap = reader.unfolding.targets(here - there, positions)
-                scale = residual.scale.reshape(len(gap), 1, -1)
-                alive = np.abs(scale) > 1e-3 * np.abs(scale).max()
-                target = target + np.divide(gap, scale, out=np.zeros_like(gap), where=np.broadcast_to(alive, gap.shape))
         rows = reader.unfolding.rows(x, positions, out)
+        target = reader.unfolding.targets(output, positions)
+        shortcut: np.ndarray | None = None
+        if behind.residual and original[behind.residual].shape == output.shape:
+            here, there = original[behind.residual], pruned[behind.residual]
+            shortcut = reader.unfolding.targets(there, positions)
+            if here is not there:
+                gap = reader.unfolding.targets(here, positions) - shortcut
+                target = target + behind.before_scale(gap)
         for g, (part, wanted) in enumerate(zip(rows, target, strict=True)):
             folds[g][batch % FOLDS].add(part, wanted)
+        if samples is not None:
+            samples.add(rows[0], target[0], shortcut[0] if shortcut is not None else None)

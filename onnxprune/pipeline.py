@@ -13,12 +13,13 @@ from onnxprune.calibrate import Arrays, Batches, Sweep, batch_size, collect
 from onnxprune.data import Calibration
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers
-from onnxprune.reconstruct import Fit, fit, solve
+from onnxprune.reconstruct import Fit, fit, refine, solve
 from onnxprune.runtime import Runtime
 from onnxprune.select import Ranking
 from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights
 from onnxprune.sensitivity import measure
 from onnxprune.statistics import Statistics
+from onnxprune.surroundings import Samples
 from onnxprune.unfold import from_matrices
 
 LEVELS = (0.85, 0.7, 0.55, 0.4, 0.25, 0.1)  # kept shares at which a group's loss is measured
@@ -161,7 +162,7 @@ class Chooser:
         size = self.batch or batch_size(self.analysis, [r.layer.data for r in cut])
         runner = Sweep(self.analysis, cut, Batches(self.data, size, self.seed), self.runtime, arrays)
 
-        def fit_reader(reader: Reader, folds: list[list[Statistics]]) -> Arrays:
+        def fit_reader(reader: Reader, folds: list[list[Statistics]], samples: Samples | None) -> Arrays:
             together = [a + b for a, b in folds]
             for group in [g for g in reader.columns if g in pending]:
                 info = self.analysis.groups[group]
@@ -172,6 +173,8 @@ class Chooser:
             left = np.setdiff1d(np.arange(reader.width), self._gone(reader))
             left = left[:-1] if not reader.layer.bias else left
             fits = [fit(part, left, weights) for part, weights in zip(folds, reader.weights, strict=True)]
+            if samples is not None:
+                fits = [refine(fits[0], *samples.arrays(), samples.saturation, left, reader.weights[0])]
             self._note(reader, fits)
             return stored_arrays(self.analysis, reader, np.stack([f.weights for f in fits]))
 

@@ -16,6 +16,8 @@ from scipy.linalg import cho_factor, cho_solve
 
 from onnxprune.statistics import Statistics
 
+_REFINEMENTS = 8
+_RELAXATION = 1.5  # steps of majorisation are short; over-relaxation below 2 keeps them descending
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean of the Gram matrix' diagonal
 
 
@@ -76,6 +78,76 @@ def fit(folds: Sequence[Statistics], kept: np.ndarray, prior: np.ndarray) -> Fit
         weights = sliced
     energy = max(float(total.energy.sum()), np.finfo(float).tiny)
     return Fit(weights, best, total.error(weights) / energy)
+
+
+@dataclass(frozen=True, eq=False)
+class Saturation:
+    """What stands between a layer's output ``z`` and a limiter: ``clip(scale * z + offset, low, high)``.
+
+    Attributes:
+        scale: (o,) of a BatchNormalization in between; ones where there is none.
+        low: lower limit (zero for Relu).
+        high: upper limit (infinite for Relu).
+    """
+
+    scale: np.ndarray
+    low: float
+    high: float
+
+    def target(self, wanted: np.ndarray, offset: np.ndarray, now: np.ndarray) -> np.ndarray:
+        """The nearest output to ``now`` that the limiter makes as good as ``wanted``; all (rows, o)."""
+        after, goal = self.scale * now + offset, self.scale * wanted + offset
+        limited = np.where(goal <= self.low, np.minimum(after, self.low), goal)
+        if np.isfinite(self.high):
+            limited = np.where(goal >= self.high, np.maximum(after, self.high), limited)
+        alive = np.abs(self.scale) > 1e-3 * np.abs(self.scale).max()
+        safe = np.where(alive, self.scale, 1.0)
+        result: np.ndarray = np.where(alive & (limited != goal), (limited - offset) / safe, wanted)
+        return result
+
+
+def refine(
+    start: Fit,
+    rows: np.ndarray,
+    wanted: np.ndarray,
+    offset: np.ndarray,
+    saturation: Saturation,
+    kept: np.ndarray,
+    prior: np.ndarray,
+) -> Fit:
+    """Fit what comes out of the limiter behind the layer, rather than what goes in.
+
+    Where the original is cut off, any output beyond the limit is as good. The squared error over such one-sided targets
+    is convex; it is brought down by majorisation: set the target of every cut-off entry to the nearest good value,
+    solve, repeat. Each step is one least-squares solution with the same matrix (in the spirit of the asymmetric
+    nonlinear reconstruction of Zhang et al. 2015, *Accelerating Very Deep Convolutional Networks*).
+
+    Args:
+        start: the linear fit.
+        rows: (rows, p) unfolded input, the bias column last.
+        wanted: (rows, o) target of the layer's output.
+        offset: (rows, o) what is added behind it.
+        saturation: the limiter.
+        kept: indices of the kept columns.
+        prior: (p, o) the weights to shrink towards, as in `fit`.
+    """
+    used = rows[:, kept]
+    gram = (used.T @ used).astype(np.float64)
+    ridge = max(start.ridge, RIDGES[0]) * max(float(np.diag(gram).mean()), np.finfo(float).tiny)
+    gram[np.diag_indices_from(gram)] += ridge
+    try:
+        factor = cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)
+    except np.linalg.LinAlgError:
+        return start
+    weights = start.weights[kept]
+    for _ in range(_REFINEMENTS):
+        now = used @ weights.astype(rows.dtype)
+        goal = saturation.target(wanted, offset, now)
+        step = cho_solve(factor, used.T @ goal + ridge * prior[kept]) - weights
+        weights = weights + _RELAXATION * step
+    full = np.zeros_like(start.weights)
+    full[kept] = weights
+    return Fit(full, start.ridge, start.error)
 
 
 def _try(statistics: Statistics, kept: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:

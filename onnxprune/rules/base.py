@@ -89,14 +89,14 @@ EITHER: Clauses = ((0,), (1,))  # ... in one of two inputs
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table.
+    """One row of the table: a text, a function that returns a relation, or a refusal for operators that are left alone.
 
     ``weights`` are the inputs whose removed slices are silenced by zeros: an exact zero there makes the operator
     compute as if the channel were not there. ``sizes`` gives letters that shapes do not determine. ``zero`` says when a
     slice of the outputs is zero (see `onnxprune.axes.BoundRelation`); never, unless it says so.
     """
 
-    describe: Describe | str
+    describe: Describe | str | Refusal
     since: int = 1
     repair: Mend | None = None
     sizes: Callable[[OpView], dict[str, int]] | None = None
@@ -126,6 +126,8 @@ def describe(op: OpView, row: Row | None = None) -> BoundRelation | Refusal:
     if row is None:
         name = f"{op.domain}.{op.op}" if op.domain else op.op
         return Refusal(f"no rule for operator {name}")
+    if isinstance(row.describe, Refusal):
+        return row.describe
     relation = parse(row.describe) if isinstance(row.describe, str) else row.describe(op)
     if isinstance(relation, Refusal):
         return relation

@@ -62,14 +62,15 @@ def _transpose(op: OpView) -> Relation | Refusal:
 
 
 def _expand(op: OpView) -> Relation | Refusal:
-    """Axes that are there already are carried; axes that are made by repeating are unclaimed."""
-    source, out = op.in_shape(0), op.out_shape()
-    operand = broadcast([source], out)[0]
+    """Axes that are there already are carried; an axis that is made by repeating belongs to the output alone."""
+    source, out = op.in_sizes[0] or [], op.out_sizes[0] or []
     pad = len(out) - len(source)
-    result = " ".join(
-        f"a{k}" if k >= pad and source[k - pad] == size and size != 1 else "1" for k, size in enumerate(out)
-    )
-    return relate([operand], [result])
+    names = [f"a{k}" for k in range(len(out))]
+    for k, size in enumerate(out[pad:], pad):
+        if size != source[k - pad] and any(s != 1 for s in source[k - pad]):
+            names[k] = "1"  # repeated at one of the probes only
+    operand = " ".join(names[k] if size == out[k] else "1" for k, size in enumerate(source, pad))
+    return relate([operand, "*"], [" ".join(names)])
 
 
 def _mend_expand(op: OpView, kept: Kept) -> Repair:
@@ -89,6 +90,34 @@ def _same_where_equal(op: OpView) -> Relation | Refusal:
     equal = [a == b for a, b in zip(op.in_sizes[0] or [], op.out_sizes[0] or [], strict=True)]
     text = " ".join(f"a{k}" if same else "1" for k, same in enumerate(equal))
     return relate([text], [text])
+
+
+def _tile(op: OpView) -> Relation | Refusal:
+    """Copies side by side: an axis is cut in all of them; one that is made of copies alone by their number."""
+    before, after = [], []
+    for k, (small, large) in enumerate(zip(op.in_sizes[0] or [], op.out_sizes[0] or [], strict=True)):
+        times = {b // a if a and b % a == 0 else 0 for a, b in zip(small, large, strict=True)}
+        if times == {1}:
+            before.append(f"a{k}")
+            after.append(f"a{k}")
+        elif len(times) == 1 and 0 not in times:
+            before.append(f"a{k}" if small[0] > 1 else "1")
+            after.append(f"(!t{k} a{k})" if small[0] > 1 else f"t{k}")
+        else:
+            before.append("1")
+            after.append("1")
+    return relate([" ".join(before), "*"], [" ".join(after)])
+
+
+def _mend_tile(op: OpView, kept: Kept) -> Repair:
+    times = op.seen[1]
+    if times is None:
+        return Repair()
+    new = times.copy()
+    for axis, size in enumerate(op.in_shape(0)):
+        if size == 1:
+            new[axis] = kept.out_size(op, 0, axis)
+    return Repair(inputs={1: new})
 
 
 # -------------------------------------------------------------------------------------------- resizing
@@ -323,7 +352,7 @@ def register(table: Table) -> None:
     add(table, "Flatten Squeeze Unsqueeze", Row(_reshape, zero=FIRST))
     add(table, "Transpose", Row(_transpose, zero=FIRST))
     add(table, "Expand", Row(_expand, repair=_mend_expand, zero=FIRST))
-    add(table, "Tile", Row(_same_where_equal, zero=FIRST))
+    add(table, "Tile", Row(_tile, repair=_mend_tile, since=6, zero=FIRST))
     add(table, "Resize Upsample", Row(_resize, repair=_mend_resize, zero=FIRST))
     add(table, "DepthToSpace", Row(_depth_to_space, sizes=_block, zero=FIRST))
     add(table, "SpaceToDepth", Row("b c (h !r) (w !s) -> b (!r !s c) h w", sizes=_block, zero=FIRST))

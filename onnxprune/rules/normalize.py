@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onnxprune.axes import Refusal, Relation
-from onnxprune.rules.base import FIRST, OpView, Row, Table, add, letters, relate
+from onnxprune.rules.base import FIRST, Kept, OpView, Repair, Row, Table, add, letters, relate
 
 SUMS = "ReduceL1 ReduceL2 ReduceSum ReduceSumSquare"
 MIXTURES = "ReduceMax ReduceMean ReduceMin ReduceProd"
@@ -52,6 +52,50 @@ def _layer_normalization(op: OpView) -> Relation | Refusal:
     return relate([" ".join(full)], [" ".join(full)])
 
 
+def _group_sizes(op: OpView) -> dict[str, int]:
+    return {"g": int(op.attributes["num_groups"])}
+
+
+def _mend_groups(op: OpView, kept: Kept) -> Repair:
+    per_group = op.in_shape(0)[1] // int(op.attributes["num_groups"])
+    return Repair(attributes={"num_groups": kept.in_size(op, 0, 1) // per_group})
+
+
+def _mean_variance(op: OpView) -> Relation | Refusal:
+    axes = {int(a) % len(op.in_shape(0)) for a in op.attributes.get("axes", (0, 2, 3))}
+    text = " ".join(f"!{n}" if k in axes else n for k, n in enumerate(letters(op.in_shape(0))))
+    return relate([text], [text])
+
+
+def _lp_normalization(op: OpView) -> Relation | Refusal:
+    axis = op.axis(-1)
+    text = " ".join(f"!{n}" if k == axis else n for k, n in enumerate(letters(op.in_shape(0))))
+    return relate([text], [text])
+
+
+def _skip_normalization(op: OpView) -> Relation | Refusal:
+    """The sum of two inputs (and a bias), normalised over the last axis; the sum itself may be an output too."""
+    names = letters(op.in_shape(0))
+    last = f"!{names[-1]}"
+    full = " ".join([*names[:-1], last])
+    skip = op.in_shape(1)
+    other = " ".join(
+        [
+            "1" if a != b else n
+            for a, b, n in zip(skip, op.in_shape(0)[-len(skip) :], full.split()[-len(skip) :], strict=True)
+        ]
+    )
+    vectors = [last if op.has(k) else "" for k in range(2, len(op.in_sizes))]
+    outputs = [full if s is not None and k in (0, 3) else "" for k, s in enumerate(op.out_sizes)]
+    return relate(
+        [full, other, *vectors],
+        [
+            o if op.out_sizes[k] is not None and o else "*" if op.out_sizes[k] is not None else ""
+            for k, o in enumerate(outputs)
+        ],
+    )
+
+
 def _spatial_pool(op: OpView) -> Relation | Refusal:
     if len(op.out_sizes) > 1 and op.out_sizes[1] is not None:
         return Refusal("MaxPool returns flat indices, which count the channels")
@@ -63,7 +107,22 @@ def register(table: Table) -> None:
     # a channel whose scale and bias are zero comes out as zero, whatever its mean and variance
     add(table, "BatchNormalization", Row(_batch_normalization, weights=(1, 2), zero=((1, 2),)))
     add(table, "InstanceNormalization", Row("n c *, c, c -> n c *", weights=(1, 2), zero=((1, 2),)))
-    add(table, "LayerNormalization", Row(_layer_normalization, since=17))
+    # the older sets have none of their own, and onnxruntime's optimizer puts it there all the same
+    add(table, "LayerNormalization SimplifiedLayerNormalization", Row(_layer_normalization))
+    add(table, "SimplifiedLayerNormalization", Row(_layer_normalization), domain="com.microsoft")
+    add(table, "RMSNormalization", Row(_layer_normalization, since=23))
+    skip = Row(_skip_normalization)
+    add(table, "SkipLayerNormalization SkipSimplifiedLayerNormalization", skip, domain="com.microsoft")
+    by_group = {"repair": _mend_groups, "sizes": _group_sizes, "weights": (1, 2), "zero": ((1, 2),)}
+    add(
+        table,
+        "GroupNormalization",
+        Row("n (g !c) *, g, g -> n (g !c) *", since=18, **by_group),
+        Row("n (g !c) *, (g !c), (g !c) -> n (g !c) *", since=21, **by_group),
+    )
+    add(table, "MeanVarianceNormalization", Row(_mean_variance, zero=FIRST))
+    add(table, "LpNormalization", Row(_lp_normalization))
+    add(table, "LRN", Row("n !c * -> n !c *", zero=FIRST))
     add(table, "Softmax LogSoftmax Hardmax", Row(_softmax))
     add(table, f"{SUMS} {MIXTURES}", Row(_reduce, zero=FIRST))
     add(table, "ReduceLogSum ReduceLogSumExp", Row(_reduce))

@@ -54,3 +54,6 @@ def register(table: Table) -> None:
     add(table, "Where", Row(_nary, zero=((1, 2),)))
     add(table, NARY, Row(_nary))
     add(table, "PRelu", Row(_prelu, zero=FIRST))
+    # what onnxruntime's optimizer writes
+    add(table, "Gelu QuickGelu", Row(_unary, zero=FIRST), domain="com.microsoft")
+    add(table, "BiasGelu FastGelu", Row(_nary, weights=(1,), zero=ALL), domain="com.microsoft")

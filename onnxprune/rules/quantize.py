@@ -1,0 +1,30 @@
+"""QuantizeLinear and DequantizeLinear: element by element, with scales and zero points per tensor or per axis."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxprune.axes import Refusal, Relation
+from onnxprune.rules.base import FIRST, OpView, Row, Table, add, letters, relate
+
+
+def _quantize(op: OpView) -> Relation | Refusal:
+    names = letters(op.in_shape(0))
+    scale = op.in_shape(1)
+    if len(scale) > 1 or op.attributes.get("block_size", 0):
+        return Refusal(f"{op.op} with a scale per block; quantise per tensor or per axis")
+    point = op.value(2)
+    if op.op == "DequantizeLinear" and op.constant[0] and op.has(2) and (point is None or np.any(point)):
+        return Refusal("weights quantised with a zero point other than zero; quantise weights symmetrically")
+    along = ""
+    if scale:
+        along = "1" if scale[0] == 1 else names[op.axis(1)]
+    text = " ".join(names)
+    return relate([text, along, along if op.has(2) and op.in_shape(2) else ""], [text])
+
+
+def register(table: Table) -> None:
+    """Add the rows of this file."""
+    for domain in ("", "com.microsoft"):
+        add(table, "QuantizeLinear", Row(_quantize, zero=FIRST), domain=domain)
+        add(table, "DequantizeLinear", Row(_quantize, weights=(0,), zero=FIRST), domain=domain)

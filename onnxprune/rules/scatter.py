@@ -1,0 +1,162 @@
+"""Operators that pick, sort, place or sample along some axes and carry the others."""
+
+from __future__ import annotations
+
+from onnxprune.axes import Refusal, Relation, parse
+from onnxprune.rules.base import FIRST, Kept, OpView, Repair, Row, Sizes, Table, add, letters, relate
+from onnxprune.rules.contract import mend_group
+
+
+def _along_one(op: OpView) -> Relation | Refusal:
+    """CumSum, CumProd: the values along one axis are added up."""
+    axis = op.value(1)
+    if axis is None:
+        return Refusal(f"{op.op} along an axis that is computed at run time")
+    text = _marked(op, {int(axis.ravel()[0]) % len(op.in_shape(0))})
+    return relate([text], [text])
+
+
+def _marked(op: OpView, mixed: set[int]) -> str:
+    return " ".join(f"!{n}" if k in mixed else n for k, n in enumerate(letters(op.in_shape(0))))
+
+
+def _arg(op: OpView) -> Relation | Refusal:
+    axis = op.axis(0)
+    names = letters(op.in_shape(0))
+    keep = op.attributes.get("keepdims", 1)
+    result = " ".join("1" if k == axis else n for k, n in enumerate(names) if keep or k != axis)
+    return relate([_marked(op, {axis})], [result])
+
+
+def _top_k(op: OpView) -> Relation | Refusal:
+    axis = op.axis(-1)
+    result = " ".join("1" if k == axis else n for k, n in enumerate(letters(op.in_shape(0))))
+    return relate([_marked(op, {axis})], [result, result])
+
+
+def _shared(first: Sizes | None, second: Sizes | None, axis: int, *more: Sizes | None) -> list[str]:
+    """A letter per axis where the operands have the same size, unclaimed where they do not, ``@`` at the axis."""
+    names = []
+    for k, (a, b) in enumerate(zip(first or [], second or [], strict=True)):
+        same = a == b and all(other is not None and other[k] == a for other in more)
+        names.append("@" if k == axis else f"a{k}" if same else "1")
+    return names
+
+
+def _fill(names: list[str], token: str) -> str:
+    return " ".join(token if n == "@" else n for n in names)
+
+
+def _gather_elements(op: OpView) -> Relation | Refusal:
+    names = _shared(op.in_sizes[0], op.in_sizes[1], op.axis(0))
+    return relate([_fill(names, "!d"), _fill(names, "i")], [_fill(names, "i")])
+
+
+def _scatter_elements(op: OpView) -> Relation | Refusal:
+    names = _shared(op.in_sizes[0], op.in_sizes[1], op.axis(0))
+    data = _fill(names, "!d")
+    return relate([data, _fill(names, "!i"), _fill(names, "!i")], [data])
+
+
+def _gather_nd(op: OpView) -> Relation | Refusal:
+    batch, depth = int(op.attributes.get("batch_dims", 0)), op.in_shape(1)[-1]
+    data = letters(op.in_shape(0))
+    index = [*data[:batch], *letters(op.in_shape(1), "i")[batch:-1]]
+    inner = [f"!{n}" for n in data[batch : batch + depth]]
+    rest = data[batch + depth :]
+    source = " ".join([*data[:batch], *inner, *rest])
+    return relate([source, " ".join([*index, "1"])], [" ".join([*index, *rest])])
+
+
+def _scatter_nd(op: OpView) -> Relation | Refusal:
+    depth = op.in_shape(1)[-1]
+    data = letters(op.in_shape(0))
+    index = [f"!{n}" for n in letters(op.in_shape(1), "i")[:-1]]
+    whole = " ".join([f"!{n}" if k < depth else n for k, n in enumerate(data)])
+    return relate([whole, " ".join([*index, "1"]), " ".join([*index, *data[depth:]])], [whole])
+
+
+def _one_hot(op: OpView) -> Relation | Refusal:
+    names = letters(op.in_shape(0))
+    axis = op.axis(-1, rank=len(names) + 1)
+    return relate([" ".join(names), "*", "*"], [" ".join([*names[:axis], "1", *names[axis:]])])
+
+
+def _reverse(op: OpView) -> Relation | Refusal:
+    batch, time = int(op.attributes.get("batch_axis", 1)), int(op.attributes.get("time_axis", 0))
+    return relate([_marked(op, {time}), f"a{batch}"], [_marked(op, {time})])
+
+
+def _trilu(op: OpView) -> Relation | Refusal:
+    rank = len(op.in_shape(0))
+    text = _marked(op, {rank - 2, rank - 1})
+    return relate([text], [text])
+
+
+def _det(op: OpView) -> Relation | Refusal:
+    names = letters(op.in_shape(0))[:-2]
+    return relate([" ".join([*names, "1", "1"])], [" ".join(names)])
+
+
+def _col2im(op: OpView) -> Relation | Refusal:
+    if op.value(2) is None:
+        return Refusal("Col2Im with a block that is computed at run time")
+    return relate(["n (c !k) 1", "*", "*"], [" ".join(["n", "c"] + ["1"] * (len(op.out_shape()) - 2))])
+
+
+def _col2im_block(op: OpView) -> dict[str, int]:
+    block = op.value(2)
+    return {} if block is None else {"k": int(block.prod())}
+
+
+def _deform_conv(op: OpView) -> Relation | Refusal:
+    if int(op.attributes.get("offset_group", 1)) != 1:
+        return Refusal("DeformConv with several groups of offsets")
+    c = "c" if op.constant[1] else "~c"
+    return parse(f"n (g {c}) *, (g o) {c} *, n *, (g o), n * -> n (g o) *")
+
+
+def _group(op: OpView) -> dict[str, int]:
+    return {"g": int(op.attributes.get("group", 1))}
+
+
+def _constant_of_shape(op: OpView) -> Relation | Refusal:
+    return relate(["*"], [" ".join(letters(op.out_shape()))])
+
+
+def _mend_constant_of_shape(op: OpView, kept: Kept) -> Repair:
+    target = op.seen[0]
+    if target is None:
+        return Repair()
+    new = target.copy()
+    for axis in range(len(new)):
+        new[axis] = kept.out_size(op, 0, axis)
+    return Repair(inputs={0: new})
+
+
+def _zero_of_constant(op: OpView) -> tuple[tuple[int, ...], ...]:
+    value = op.attributes.get("value")
+    array = getattr(value, "values", value)  # a tensor, or nothing for zeros
+    return ((),) if array is None or not array.any() else ()
+
+
+def register(table: Table) -> None:
+    """Add the rows of this file."""
+    add(table, "CumProd CumSum", Row(_along_one, zero=FIRST))
+    add(table, "ArgMax ArgMin", Row(_arg))
+    add(table, "TopK", Row(_top_k))
+    add(table, "GatherElements", Row(_gather_elements, zero=FIRST))
+    add(table, "GatherND", Row(_gather_nd, zero=FIRST))
+    add(table, "Scatter ScatterElements", Row(_scatter_elements, zero=((0, 2),)))
+    add(table, "ScatterND", Row(_scatter_nd, zero=((0, 2),)))
+    add(table, "OneHot", Row(_one_hot))
+    add(table, "ReverseSequence", Row(_reverse, zero=FIRST))
+    add(table, "Trilu", Row(_trilu, zero=FIRST))
+    add(table, "Det", Row(_det))
+    add(table, "GridSample", Row("n c *, n * -> n c *", zero=FIRST))
+    add(table, "AffineGrid", Row("n *, * -> n *"))
+    add(table, "RoiAlign", Row("1 c 1 1, r 1, r -> r c 1 1", zero=FIRST))
+    add(table, "MaxRoiPool", Row("1 c 1 1, r 1 -> r c 1 1", zero=FIRST))
+    add(table, "Col2Im", Row(_col2im, sizes=_col2im_block, zero=FIRST))
+    add(table, "DeformConv", Row(_deform_conv, repair=mend_group, sizes=_group, weights=(1, 3), zero=((1, 3),)))
+    add(table, "ConstantOfShape", Row(_constant_of_shape, repair=_mend_constant_of_shape, zero=_zero_of_constant))
