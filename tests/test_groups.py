@@ -259,10 +259,12 @@ def test_a_normalised_axis_stays() -> None:
 
 def test_an_operator_without_a_row_freezes_what_it_touches() -> None:
     def make(g: Builder) -> str:
-        x = g.node("Det", g.Reshape(conv(g, image(g), "a", 4), g.const([2, 4, 6, 6])), name="det")
-        return g.node("Gemm", x, g.weight(4, 3), name="b")
+        x = conv(g, image(g), "a", 4)
+        x = g.node("Inverse", x, domain="com.microsoft", name="inverse")
+        return g.node("Conv", x, g.weight(3, 4, 1, 1), name="b")
 
-    assert frozen(make) == [f"4: no rule for operator Det (Det of {layer})" for layer in "ab"]
+    said = "no rule for operator com.microsoft.Inverse"
+    assert frozen(make) == [f"4: {said} (Inverse of {layer})" for layer in "ab"]
 
 
 def test_a_sum_over_what_is_not_zero_stays() -> None:

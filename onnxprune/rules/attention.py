@@ -12,23 +12,23 @@ from onnxprune.rules.base import Clauses, Kept, OpView, Repair, Row, Table, add
 MS = "com.microsoft"
 
 
-def _mask(op: OpView, k: int) -> str:
-    """A mask or a bias on the scores: an axis of heads goes with them, if it has one."""
+def _mask(op: OpView, k: int, heads: str = "(k r)") -> str:
+    """A mask or a bias on the scores, aligned at the right with their axes."""
     if not op.has(k):
         return ""
     shape = op.in_shape(k)
-    if len(shape) < 3 or shape[-3] == 1:
-        return "*"
-    return " ".join(["1"] * (len(shape) - 3) + ["(k r)", "1", "1"])
+    names = ["b", heads, "s", "!t"][4 - len(shape) :]
+    return " ".join("1" if size == 1 else name for size, name in zip(shape, names, strict=True))
 
 
 def _attention(op: OpView) -> Relation | Refusal:
     if any(op.has(k) for k in range(4, 7)) or any(s is not None for s in op.out_sizes[1:]):
         return Refusal("Attention with a cache of past keys; export the model without one")
+    s = "!s" if op.attributes.get("is_causal", 0) else "s"
     if len(op.in_shape(0)) == 4:
-        text = f"b (k r) s ~d, b k !t ~d, b k !t v, {_mask(op, 3)} -> b (k r) s v"
+        text = f"b (k r) {s} ~d, b k !t ~d, b k !t v, {_mask(op, 3)} -> b (k r) {s} v"
     else:
-        text = f"b s (k r ~d), b !t (k ~d), b !t (k v), {_mask(op, 3)} -> b s (k r v)"
+        text = f"b {s} (k r ~d), b !t (k ~d), b !t (k v), {_mask(op, 3)} -> b {s} (k r v)"
     return parse(text)
 
 
@@ -96,7 +96,8 @@ def _multi_head_attention(op: OpView) -> Relation | Refusal:
         return Refusal("MultiHeadAttention with packed keys and values")
     if op.has(3) or any(op.has(k) for k in range(6, 10)) or any(s is not None for s in op.out_sizes[1:]):
         return Refusal("MultiHeadAttention with a bias of its own or a cache of past keys")
-    return parse(f"b s (k ~d), b !t (k ~d), b !t (k v), , *, {_mask(op, 5).replace('(k r)', 'k')} -> b s (k v)")
+    s = "!s" if op.attributes.get("unidirectional", 0) else "s"
+    return parse(f"b {s} (k ~d), b !t (k ~d), b !t (k v), , *, {_mask(op, 5, 'k')} -> b {s} (k v)")
 
 
 def _multi_head_sizes(op: OpView) -> dict[str, int]:
@@ -110,11 +111,12 @@ def _mend_multi_head(op: OpView, kept: Kept) -> Repair:
 
 def _rotary(op: OpView) -> Relation | Refusal:
     heads = int(op.attributes.get("num_heads", 0))
+    cache = "b s 1" if len(op.in_shape(1)) == 3 else "1 1"
     if len(op.in_shape(0)) == 4:
-        return parse("b h s 1, *, * -> b h s 1")
+        return parse(f"b h s 1, {cache}, {cache}, b s -> b h s 1")
     if not heads:
         return Refusal("RotaryEmbedding that does not state its number of heads")
-    return parse("b s (h !d), *, *, b s -> b s (h !d)")
+    return parse(f"b s (h !d), {cache}, {cache}, b s -> b s (h !d)")
 
 
 def _rotary_sizes(op: OpView) -> dict[str, int]:

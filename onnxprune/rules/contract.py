@@ -89,7 +89,7 @@ def _fused_matmul(op: OpView) -> Relation | Refusal:
 
 
 def _einsum(op: OpView) -> Relation | Refusal:
-    """The equation itself. A letter that the output lacks is summed over; a factor of a product that is zero makes it zero."""
+    """The equation itself; a letter that the output lacks is summed over."""
     equation = op.attributes["equation"]
     equation = (equation.decode() if isinstance(equation, bytes) else str(equation)).replace(" ", "")
     left, arrow, result = equation.partition("->")

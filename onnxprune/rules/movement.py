@@ -20,7 +20,6 @@ from onnxprune.rules.base import (
     Table,
     add,
     along,
-    broadcast,
     letters,
     relate,
 )

@@ -76,24 +76,14 @@ def _lp_normalization(op: OpView) -> Relation | Refusal:
 def _skip_normalization(op: OpView) -> Relation | Refusal:
     """The sum of two inputs (and a bias), normalised over the last axis; the sum itself may be an output too."""
     names = letters(op.in_shape(0))
-    last = f"!{names[-1]}"
-    full = " ".join([*names[:-1], last])
-    skip = op.in_shape(1)
-    other = " ".join(
-        [
-            "1" if a != b else n
-            for a, b, n in zip(skip, op.in_shape(0)[-len(skip) :], full.split()[-len(skip) :], strict=True)
-        ]
-    )
-    vectors = [last if op.has(k) else "" for k in range(2, len(op.in_sizes))]
-    outputs = [full if s is not None and k in (0, 3) else "" for k, s in enumerate(op.out_sizes)]
-    return relate(
-        [full, other, *vectors],
-        [
-            o if op.out_sizes[k] is not None and o else "*" if op.out_sizes[k] is not None else ""
-            for k, o in enumerate(outputs)
-        ],
-    )
+    names[-1] = f"!{names[-1]}"
+    shape, skip = op.in_shape(0), op.in_shape(1)
+    tail = zip(skip, shape[len(shape) - len(skip) :], names[len(shape) - len(skip) :], strict=True)
+    other = " ".join(n if a == b else "1" for a, b, n in tail)
+    vectors = [names[-1] if op.has(k) else "" for k in range(2, len(op.in_sizes))]
+    full = " ".join(names)
+    outputs = ["" if s is None else full if k in (0, 3) else "*" for k, s in enumerate(op.out_sizes)]
+    return relate([full, other, *vectors], outputs)
 
 
 def _spatial_pool(op: OpView) -> Relation | Refusal:
@@ -109,17 +99,13 @@ def register(table: Table) -> None:
     add(table, "InstanceNormalization", Row("n c *, c, c -> n c *", weights=(1, 2), zero=((1, 2),)))
     # the older sets have none of their own, and onnxruntime's optimizer puts it there all the same
     add(table, "LayerNormalization SimplifiedLayerNormalization", Row(_layer_normalization))
-    add(table, "SimplifiedLayerNormalization", Row(_layer_normalization), domain="com.microsoft")
     add(table, "RMSNormalization", Row(_layer_normalization, since=23))
     skip = Row(_skip_normalization)
     add(table, "SkipLayerNormalization SkipSimplifiedLayerNormalization", skip, domain="com.microsoft")
-    by_group = {"repair": _mend_groups, "sizes": _group_sizes, "weights": (1, 2), "zero": ((1, 2),)}
-    add(
-        table,
-        "GroupNormalization",
-        Row("n (g !c) *, g, g -> n (g !c) *", since=18, **by_group),
-        Row("n (g !c) *, (g !c), (g !c) -> n (g !c) *", since=21, **by_group),
-    )
+    for since, vector in ((18, "g"), (21, "(g !c)")):
+        text = f"n (g !c) *, {vector}, {vector} -> n (g !c) *"
+        by_group = Row(text, since=since, repair=_mend_groups, sizes=_group_sizes, weights=(1, 2), zero=((1, 2),))
+        add(table, "GroupNormalization", by_group)
     add(table, "MeanVarianceNormalization", Row(_mean_variance, zero=FIRST))
     add(table, "LpNormalization", Row(_lp_normalization))
     add(table, "LRN", Row("n !c * -> n !c *", zero=FIRST))

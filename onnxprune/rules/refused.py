@@ -29,6 +29,7 @@ REASONS = {
     "EyeLike": "makes an identity matrix of its input's size",
     "LinearAttention CausalConvWithState TensorScatter": "carries a state from call to call",
     "SwiGLU": "splits its axis in ways that no rule tells yet",
+    "AffineGrid": "makes a grid of coordinates, which holds no channels",
     "Range": "counts up to a number, which is not a size of channels",
 }
 
@@ -43,10 +44,10 @@ REASONS_OF_MICROSOFT = {
     "RotaryEmbedding LongformerAttention": (
         "is an attention operator made by an optimizer; prune the model before it is optimised"
     ),
-    "EmbedLayerNormalization": "normalises the hidden axis within the embedding; prune the model before it is optimised",
+    "EmbedLayerNormalization": "normalises the hidden axis of the embedding; prune the model before it is optimised",
     "BeamSearch GreedySearch Sampling WhisperBeamSearch": "holds a whole model inside; prune that model before",
-    "BiasAdd BiasSplitGelu BiasSoftmax BiasDropout ConvTransposeWithDynamicPads CropAndResize FusedMatMulActivation "
-    "GroupNorm MoE NhwcConv NhwcFusedConv NhwcMaxPool SkipGroupNorm QuickGeluGrad": (
+    "BiasAdd BiasSplitGelu BiasSoftmax BiasDropout ConvTransposeWithDynamicPads CropAndResize "
+    "GroupNorm MoE NhwcConv NhwcFusedConv NhwcMaxPool SkipGroupNorm": (
         "is made by an optimizer for one device; prune the model before it is optimised"
     ),
 }

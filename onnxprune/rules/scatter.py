@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from onnxprune.axes import Refusal, Relation, parse
 from onnxprune.rules.base import FIRST, Kept, OpView, Repair, Row, Sizes, Table, add, letters, relate
 from onnxprune.rules.contract import mend_group
@@ -137,7 +139,7 @@ def _mend_constant_of_shape(op: OpView, kept: Kept) -> Repair:
 def _zero_of_constant(op: OpView) -> tuple[tuple[int, ...], ...]:
     value = op.attributes.get("value")
     array = getattr(value, "values", value)  # a tensor, or nothing for zeros
-    return ((),) if array is None or not array.any() else ()
+    return ((),) if array is None or not np.any(array) else ()
 
 
 def register(table: Table) -> None:
@@ -154,7 +156,6 @@ def register(table: Table) -> None:
     add(table, "Trilu", Row(_trilu, zero=FIRST))
     add(table, "Det", Row(_det))
     add(table, "GridSample", Row("n c *, n * -> n c *", zero=FIRST))
-    add(table, "AffineGrid", Row("n *, * -> n *"))
     add(table, "RoiAlign", Row("1 c 1 1, r 1, r -> r c 1 1", zero=FIRST))
     add(table, "MaxRoiPool", Row("1 c 1 1, r 1 -> r c 1 1", zero=FIRST))
     add(table, "Col2Im", Row(_col2im, sizes=_col2im_block, zero=FIRST))
