@@ -1,23 +1,29 @@
 """Make the graph say plainly what it computes, without changing it.
 
+Functions of the model are inlined, and the branch of an `If` that a constant or a static size chooses takes its place.
 What depends on constants alone is computed once and stored, so that weights behind Identity, Transpose, Cast or a
-normalisation are ordinary weights. Small constants that exporters merged although unrelated operators use them (the
-ones and zeros of normalisations) are given back to each user. Weights that several layers truly share stay shared.
+normalisation are ordinary weights; quantised weights stay quantised. Small constants that exporters merged although
+unrelated operators use them (the ones and zeros of normalisations) are given back to each user. Weights that several
+layers truly share stay shared.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
+from onnx.inliner import inline_local_functions
 
+from onnxprune.branches import inline_branch
 from onnxprune.graph import Graph
 from onnxprune.runtime import Runtime, expose
 
 _LARGEST_FOLDED = 1 << 20  # elements; larger results are folded only where they do not outgrow what they come from
 _LARGEST_COPY = 1 << 16  # elements
+_QUANTISED = ("QuantizeLinear", "DequantizeLinear")
 _WEIGHT_OPERANDS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}
 
 
@@ -29,14 +35,25 @@ def normalise(graph: Graph, runtime: Runtime) -> tuple[onnx.ModelProto, dict[str
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
+    if model.functions:
+        model = inline_local_functions(model)
     if model.ir_version >= 4:  # before, a stored tensor had to be an input, and new inputs change the model's face
-        _fold(model, graph, runtime)
+        _fold(model, graph.folder, runtime)
+        while inline_branch(model):
+            _fold(model, graph.folder, runtime)
     return model, _unshare(model)
 
 
-def _fold(model: onnx.ModelProto, graph: Graph, runtime: Runtime) -> None:
+def _fold(model: onnx.ModelProto, folder: Path, runtime: Runtime) -> None:
+    graph = Graph(model, folder)
     constant = graph.computed_from_constants
-    folded = {node.index for node in graph.nodes if _foldable(node.outputs, constant) and any(node.inputs)}
+    quantised: set[str] = set()
+    folded: set[int] = set()
+    for node in graph.nodes:
+        if node.op in _QUANTISED or quantised & set(node.inputs):
+            quantised.update(node.outputs)
+        elif _foldable(node.outputs, constant) and any(node.inputs):
+            folded.add(node.index)
     wanted = sorted(
         {
             name

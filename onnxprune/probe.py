@@ -21,6 +21,8 @@ from onnxprune.runtime import Runtime, expose
 
 Feeds = Mapping[str, np.ndarray]
 
+_LARGE = 1 << 28  # elements of weights, above which not all tensors are held at once
+_SLICE = 256  # tensors that are held at once then
 _KEEP_VALUES = 4096  # elements: shapes, indices and sizes are short; activations are not kept
 
 Sizes = tuple[int, int, int, int]  # (batch, height, width, any other dynamic dimension)
@@ -294,26 +296,32 @@ def _read_by_weights(graph: Graph, name: str) -> dict[int, int]:
 
 
 class _Prober:
-    """A session that shows every tensor."""
+    """A session that shows every tensor; of large models a slice of them per run, so that memory suffices."""
 
     def __init__(self, graph: Graph, runtime: Runtime) -> None:
         self.graph = graph
         self.names = [name for node in graph.nodes for name in node.outputs if name]
         self.session = Runtime("cpu", runtime.threads).session(expose(graph.model, self.names), optimise=False)
+        weights = sum(int(np.prod(t.dims, dtype=np.int64)) for t in graph.initializers.values())
+        self.slice = len(self.names) if weights < _LARGE else _SLICE
 
     def run(self, feeds: Feeds) -> Probe:
         given = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in feeds.items()}
-        found = self.session.run_with_ort_values(self.names, given)
         shapes = {name: tuple(array.shape) for name, array in feeds.items()}
         shapes |= {name: tuple(t.dims) for name in self.graph.stored_names() for t in (self.graph.stored(name),)}
         values: dict[str, np.ndarray] = {}
-        for name, value in zip(self.names, found, strict=True):
+        for name, value in self._values(given):
             if value is None or not value.has_value() or not value.is_tensor():
                 continue
             shapes[name] = tuple(value.shape())
             if int(np.prod(shapes[name], dtype=np.int64)) <= _KEEP_VALUES and value.element_type() in _READABLE:
                 values[name] = value.numpy()
         return Probe(feeds, shapes, values)
+
+    def _values(self, given: Mapping[str, ort.OrtValue]) -> Iterator[tuple[str, ort.OrtValue]]:
+        for start in range(0, len(self.names), max(self.slice, 1)):
+            names = self.names[start : start + self.slice]
+            yield from zip(names, self.session.run_with_ort_values(names, given), strict=True)
 
 
 _READABLE = frozenset(

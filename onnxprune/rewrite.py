@@ -226,11 +226,19 @@ class _Patcher:
         return output
 
     def _refuse(self, node: Node, name: str) -> CannotRepair:
-        target = node.outputs[0]
-        rank = len(self.shapes.shape(target) or ())
-        return CannotRepair(
-            f"{node.op} {node.label!r} takes sizes from {name!r}, which cannot be traced", target, tuple(range(rank))
+        tensor, axes = next(
+            ((tensor, axes) for tensor in (*node.outputs, *node.inputs) if tensor and (axes := self._cut_axes(tensor))),
+            (node.outputs[0], tuple(range(len(self.shapes.shape(node.outputs[0]) or ())))),
         )
+        return CannotRepair(f"{node.op} {node.label!r} takes sizes from {name!r}, which cannot be traced", tensor, axes)
+
+    def _cut_axes(self, tensor: str) -> tuple[int, ...]:
+        """The axes of a tensor that lose something."""
+        old = self.shapes.shape(tensor)
+        if old is None:
+            return ()
+        new = self.sizes.new_shape(tensor, 0)
+        return tuple(axis for axis, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
 
     def _constant(self, base: str, value: np.ndarray) -> str:
         name = self._fresh(base)

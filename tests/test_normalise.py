@@ -1,0 +1,156 @@
+"""What normalisation does to a graph: it computes the same, and says it more plainly."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from builder import RUNTIME, Builder, analysed, pruned, run, table
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxprune.graph import Graph
+from onnxprune.normalise import normalise
+from onnxprune.plan import Plan
+from onnxprune.rewrite import CannotRepair, rewrite
+
+
+def plain(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The normalised model, after it has computed the same."""
+    found, _ = normalise(Graph(model), RUNTIME)
+    rng = np.random.default_rng(0)
+    feeds = {
+        spec.name: rng.standard_normal([d or 3 for d in spec.shape]).astype(spec.dtype) for spec in Graph(model).inputs
+    }
+    for a, b in zip(run(model, feeds), run(found, feeds), strict=True):
+        np.testing.assert_array_equal(a, b)
+    return found
+
+
+def ops(model: onnx.ModelProto) -> list[str]:
+    """The operators of the main graph."""
+    return [node.op_type for node in model.graph.node]
+
+
+def branch(
+    name: str, *nodes: onnx.NodeProto, output: str, stored: tuple[onnx.TensorProto, ...] = ()
+) -> onnx.GraphProto:
+    """A body that takes everything from outside."""
+    return helper.make_graph(list(nodes), name, [], [helper.make_empty_tensor_value_info(output)], list(stored))
+
+
+def one_or_other(g: Builder, x: str, condition: str) -> str:
+    """``x`` otherwise if the condition says so, as exporters write it (with Squeeze)."""
+    then = branch("then", helper.make_node("Neg", [x], ["inner"]), output="inner")
+    other = branch("else", helper.make_node("Identity", [x], ["inner"]), output="inner")
+    return g.node("If", condition, then_branch=then, else_branch=other)
+
+
+def size_is_one(g: Builder, x: str, axis: int) -> str:
+    return g.Equal(g.Gather(g.node("Shape", x), g.const(axis), axis=0), g.const(1))
+
+
+@pytest.mark.parametrize("batch", [2, "n"])
+def test_an_if_on_a_static_size_is_inlined_whatever_the_batch(batch: int | str) -> None:
+    g = Builder()
+    x = g.Relu(g.node("Conv", g.input("x", [batch, 3, 6, 6]), g.weight(4, 3, 3, 3)))
+    y = one_or_other(g, x, size_is_one(g, x, 1))
+    y = one_or_other(g, y, size_is_one(g, y, 1))  # the same names within
+    model = g.model(g.node("Conv", y, g.weight(2, 4, 1, 1)))
+    assert "If" not in ops(plain(model))
+    analysis, _ = analysed(model)
+    assert [info.units for info in analysis.groups] == [4]
+
+
+def test_an_if_on_a_dynamic_size_stays() -> None:
+    g = Builder()
+    x = g.Relu(g.node("Conv", g.input("x", [2, 3, "h", 6]), g.weight(4, 3, 1, 1)))
+    assert "If" in ops(plain(g.model(one_or_other(g, x, size_is_one(g, x, 2)))))
+
+
+def test_a_constant_condition_chooses_among_weights_within() -> None:
+    g = Builder()
+    x = g.input("x", [2, 4])
+    taken = g.const(np.ones((4, 4)), "w")
+    bodies = [
+        branch(
+            name,
+            helper.make_node("MatMul", [x, "inner_w"], ["h"]),
+            helper.make_node("Add", ["h", taken_name], ["y"]),
+            output="y",
+            stored=(numpy_helper.from_array(np.full((4, 4), value, np.float32), "inner_w"),),
+        )
+        for name, value, taken_name in (("then", 2.0, "bias"), ("else", 3.0, "bias"))
+    ]
+    g.const(np.zeros(4), "bias")
+    condition = g.Not(g.const(np.array(True)))
+    y = g.node("If", condition, then_branch=bodies[0], else_branch=bodies[1])
+    found = plain(g.model(g.MatMul(y, taken)))
+    assert ops(found) == ["MatMul", "Add", "MatMul"]
+
+
+def test_a_function_of_the_model_is_inlined() -> None:
+    g = Builder()
+    g.domains["local"] = 1
+    x = g.node("Conv", g.input("x", [2, 3, 6, 6]), g.weight(4, 3, 3, 3, name="a.w"), name="a")
+    y = g.node("twice", x, domain="local")
+    model = g.model(g.node("Conv", y, g.weight(2, 4, 1, 1, name="b.w"), name="b"))
+    body = [helper.make_node("Add", ["t", "t"], ["sum"]), helper.make_node("Relu", ["sum"], ["u"])]
+    opset = [helper.make_opsetid("", g.opset)]
+    model.functions.append(helper.make_function("local", "twice", ["t"], ["u"], body, opset))
+    assert ops(plain(model)) == ["Conv", "Add", "Relu", "Conv"]
+    assert table(analysed(model)[0]) == ["a x4: a.w.0:1 b.w.1:1"]
+
+
+def test_aliases_of_one_weight_are_cut_apart() -> None:
+    g = Builder()
+    w = g.weight(4, 3, 1, 1, name="w")
+    x, z = g.input("x", [2, 3, 6, 6]), g.input("z", [2, 3, 6, 6])
+    ends = []
+    for k, (source, weight) in enumerate(((x, w), (z, g.Identity(w)))):
+        y = g.node("Conv", source, weight, name=f"in{k}")
+        ends.append(g.node("Conv", y, g.weight(2, 4, 1, 1), name=f"out{k}"))
+    new, analysis, _, proof = pruned(g.model(*ends), share=0.5)
+    assert [info.name for info in analysis.groups] == ["in0", "in1"]
+    assert proof.max_relative_difference < 1e-5
+    assert len(new.graph.initializer) == 4
+
+
+def test_quantised_weights_stay_quantised_and_are_cut_with_their_scales() -> None:
+    g = Builder()
+
+    def quantised(x: str, out: int, channels: int, name: str) -> str:
+        scale = g.const(g.rng.uniform(0.01, 0.02, out), f"{name}.scale")
+        weight = g.const(g.rng.integers(-100, 100, (out, channels, 3, 3)), f"{name}.w", np.int8)
+        weight = g.DequantizeLinear(weight, scale, g.const(np.zeros(out), dtype=np.int8), axis=0)
+        bias = g.const(g.rng.integers(-99, 99, out), f"{name}.b", np.int32)
+        bias = g.DequantizeLinear(bias, g.const(np.full(out, 0.01)), g.const(np.zeros(out), dtype=np.int32), axis=0)
+        return g.node("Conv", x, weight, bias, name=name, pads=[1] * 4)
+
+    def activation(x: str) -> str:
+        scale, point = g.const(np.float32(0.05)), g.const(np.array(120), dtype=np.uint8)
+        return g.DequantizeLinear(g.QuantizeLinear(x, scale, point), scale, point)
+
+    x = activation(g.input("x", [2, 3, 6, 6]))
+    y = activation(g.Relu(quantised(x, 8, 3, "a")))
+    new, analysis, _, proof = pruned(g.model(quantised(y, 5, 8, "b")), share=0.5)
+    assert [info.units for info in analysis.groups] == [8]
+    assert proof.max_relative_difference < 1e-5
+    sizes = {t.name: (tuple(t.dims), t.data_type) for t in new.graph.initializer}
+    assert sizes["a.w"] == ((4, 3, 3, 3), TensorProto.INT8)
+    assert sizes["b.w"] == ((5, 4, 3, 3), TensorProto.INT8)
+    assert sizes["a.scale"] == ((4,), TensorProto.FLOAT)
+
+
+def test_a_size_that_cannot_be_traced_names_the_axes_to_freeze() -> None:
+    g = Builder()
+    x = g.node("Conv", g.input("x", ["n", 3, "t"]), g.weight(8, 3, 1), name="a")
+    shape = g.node("Shape", x)
+    one, two = (g.Gather(shape, g.const([k]), axis=0) for k in (1, 2))
+    length = g.Div(g.Mul(one, two), g.const([8]))  # right only while there are eight channels
+    target = g.Concat(g.Gather(shape, g.const([0]), axis=0), g.const([8]), length, axis=0)
+    y = g.Reshape(x, target)
+    analysis, _ = analysed(g.model(g.node("Conv", y, g.weight(2, 8, 1), name="b")))
+    half = Plan("", {info.name: tuple(range(info.units // 2)) for info in analysis.groups})
+    with pytest.raises(CannotRepair, match=r"Reshape .* takes sizes from .*, which cannot be traced") as caught:
+        rewrite(analysis, half)
+    assert caught.value.axes == (1,)
