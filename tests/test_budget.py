@@ -53,6 +53,15 @@ def mobile() -> onnx.ModelProto:
     return g.model(g.conv(x, 2))
 
 
+def dense() -> onnx.ModelProto:
+    """Axes of which a part stays: the input's channels among those that are made."""
+    g = Builder()
+    x = g.input("x", [1, 3, 8, 8])
+    for width in (4, 5):
+        x = g.Concat(x, g.Relu(g.conv(x, width)), axis=1)
+    return g.model(g.gemm(g.Flatten(g.MaxPool(g.conv(x, 6), kernel_shape=[4, 4], strides=[4, 4])), 4))
+
+
 def transformer() -> onnx.ModelProto:
     g = Builder()
     x = g.input("x", [1, 6, 8])
@@ -63,6 +72,7 @@ MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "vgg": vgg,
     "residual": residual,
     "mobile": mobile,
+    "dense": dense,
     "transformer": transformer,
 }
 
@@ -228,6 +238,34 @@ def test_the_floors_are_kept_where_even_they_cost_too_much(by: str) -> None:
     analysis = prepared("residual")[0]
     floors = [2] * len(analysis.groups)
     assert ALLOCATORS[by](analysis, CostModel(analysis), 1.0, floors).tolist() == floors
+
+
+def hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners of the lower convex hull, while it falls."""
+    corners: list[tuple[float, float]] = []
+    for cost, value in sorted(set(points)):
+        if corners and (cost == corners[-1][0] or value >= corners[-1][1]):
+            continue
+        while len(corners) > 1:
+            (c0, v0), (c1, v1) = corners[-2:]
+            if (value - v0) * (c1 - c0) > (v1 - v0) * (cost - c0) + 1e-9:
+                break
+            corners.pop()
+        corners.append((cost, value))
+    return corners
+
+
+@pytest.mark.parametrize("kernels", [(3, 3, 3), (1, 3, 5)])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_any_price_can_reach_is_found(seed: int, kernels: tuple[int, ...]) -> None:
+    """Curves that are not convex: at the corners of the hull of all (cost, error) the Lagrangian is exact."""
+    cost, rng = branches(kernels), np.random.default_rng(seed)
+    curves = [np.sort(rng.uniform(0, 1, n + 1) ** 2)[::-1] * rng.uniform(0.2, 5) for n in (3, 4, 5)]
+    every = [np.array(k) for k in itertools.product(range(1, 4), range(1, 5), range(1, 6))]
+    corners = hull([(cost.macs(k), error(curves, k)) for k in every])
+    assert len(corners) > 3
+    for limit, least in corners:
+        assert error(curves, allocate(curves, cost, limit, [1, 1, 1])) == pytest.approx(least, rel=1e-9)
 
 
 def test_units_that_cost_no_error_are_kept_where_they_fit() -> None:

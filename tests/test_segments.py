@@ -103,6 +103,7 @@ def test_the_frontier_is_what_has_been_made_and_is_still_read() -> None:
     assert segments.frontier(0) == ["x"]
     assert segments.frontier(index("b1")) == ["x", "stem_relu"]
     assert set(segments.frontier(index("sum") + 1)) == {"x", "sum"}
+    assert set(segments.frontier(index("lifted"))) == {"x", "sum"}  # constants are part of every piece
     assert set(segments.frontier(index("choice"))) == {"x", "lifted", "sign"}  # read from within the body
     assert segments.frontier(NODES) == []
 
