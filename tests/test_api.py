@@ -73,7 +73,7 @@ def test_half_the_cost_counted_on_the_written_model(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hardly_any_accuracy_is_lost(name: str) -> None:
-    """Measured: 99.4 % -> 99.5 % and 99.6 % -> 99.5 % of 797 images."""
+    """Measured: 99.4 % -> 99.4 % and 99.6 % -> 99.5 % of 797 images."""
     assert accuracy(original(name), name) > 0.99
     assert accuracy(pruned(name).model, name) >= accuracy(original(name), name) - 0.015
 
