@@ -22,6 +22,7 @@ def _mask(op: OpView, k: int, heads: str = "(k r)") -> str:
 
 
 def _attention(op: OpView) -> Relation | Refusal:
+    """`b s (k r ~d), b !t (k ~d), b !t (k v) -> b s (k r v)`, or with four axes; without a cache"""
     if any(op.has(k) for k in range(4, 7)) or any(s is not None for s in op.out_sizes[1:]):
         return Refusal("Attention with a cache of past keys; export the model without one")
     s = "!s" if op.attributes.get("is_causal", 0) else "s"
@@ -51,6 +52,7 @@ def _left(op: OpView, kept: Kept, k: int, heads: int) -> int:
 
 
 def _mend_attention(op: OpView, kept: Kept) -> Repair:
+    """Numbers of heads, scale."""
     queries, keys = _heads(op)
     if len(op.in_shape(0)) == 4:
         return Repair(attributes={"scale": _scale(op, op.in_shape(0)[-1])})
@@ -73,6 +75,7 @@ def _of_values(op: OpView) -> Clauses:
 
 
 def _packed_attention(op: OpView) -> Relation | Refusal:
+    """`b !s i, i (!p h !d), (!p h !d) -> b !s (h !d)`, without a cache"""
     if any(op.has(k) for k in (4, 5, 6)) or any(s is not None for s in op.out_sizes[1:]):
         return Refusal("com.microsoft.Attention with a cache of past keys or a bias on the scores")
     if op.attributes.get("do_rotary", 0) or op.attributes.get("qkv_hidden_sizes"):
@@ -86,12 +89,14 @@ def _packed_sizes(op: OpView) -> dict[str, int]:
 
 
 def _mend_packed(op: OpView, kept: Kept) -> Repair:
+    """The number of heads."""
     heads = int(op.attributes["num_heads"])
     size = op.out_shape()[-1] // heads
     return Repair(attributes={"num_heads": kept.out_size(op, 0, 2) // size})
 
 
 def _multi_head_attention(op: OpView) -> Relation | Refusal:
+    """`b s (k ~d), b !t (k ~d), b !t (k v) -> b s (k v)`, without a bias or a cache"""
     if not op.has(1) or not op.has(2) or len(op.in_shape(1)) != 3 or len(op.in_shape(2)) != 3:
         return Refusal("MultiHeadAttention with packed keys and values")
     if op.has(3) or any(op.has(k) for k in range(6, 10)) or any(s is not None for s in op.out_sizes[1:]):
@@ -105,11 +110,13 @@ def _multi_head_sizes(op: OpView) -> dict[str, int]:
 
 
 def _mend_multi_head(op: OpView, kept: Kept) -> Repair:
+    """The number of heads, the scale."""
     heads = int(op.attributes["num_heads"])
     return Repair(attributes={"num_heads": _left(op, kept, 0, heads), "scale": _scale(op, op.in_shape(0)[-1] // heads)})
 
 
 def _rotary(op: OpView) -> Relation | Refusal:
+    """`b s (h !d) -> b s (h !d)`, or with four axes"""
     heads = int(op.attributes.get("num_heads", 0))
     cache = "b s 1" if len(op.in_shape(1)) == 3 else "1 1"
     if len(op.in_shape(0)) == 4:
@@ -124,6 +131,7 @@ def _rotary_sizes(op: OpView) -> dict[str, int]:
 
 
 def _mend_rotary(op: OpView, kept: Kept) -> Repair:
+    """The number of heads."""
     if len(op.in_shape(0)) == 4:
         return Repair()
     heads = int(op.attributes["num_heads"])

@@ -17,11 +17,13 @@ def _contracted(op: OpView, letter: str, *operands: int) -> str:
 
 
 def _conv(op: OpView) -> Relation | Refusal:
+    """`n (g c) *, (g o) c *, (g o) -> n (g o) *`"""
     c = _contracted(op, "c", 1)
     return parse(f"n (g {c}) *, (g o) {c} *, (g o) -> n (g o) *")
 
 
 def _conv_transpose(op: OpView) -> Relation | Refusal:
+    """`n (g c) *, (g c) o *, (g o) -> n (g o) *`"""
     c = _contracted(op, "c", 1)
     return parse(f"n (g {c}) *, (g {c}) o *, (g o) -> n (g o) *")
 
@@ -41,6 +43,7 @@ def mend_group(op: OpView, kept: Kept) -> Repair:
 
 
 def _gemm(op: OpView) -> Relation | Refusal:
+    """`m k, n k, n -> m n`, or transposed"""
     k = _contracted(op, "k", 0, 1)
     a = f"{k} m" if op.attributes.get("transA", 0) else f"m {k}"
     b = f"n {k}" if op.attributes.get("transB", 0) else f"{k} n"
@@ -49,6 +52,7 @@ def _gemm(op: OpView) -> Relation | Refusal:
 
 
 def _matmul(op: OpView) -> Relation | Refusal:
+    """`... m k, ... k n -> ... m n`"""
     left, right, out = op.in_shape(0), op.in_shape(1), op.out_shape()
     k = _contracted(op, "k", 0, 1)
     m, n = ("" if len(shape) == 1 else letter for shape, letter in ((left, "m"), (right, "n")))
@@ -59,6 +63,7 @@ def _matmul(op: OpView) -> Relation | Refusal:
 
 
 def _fused_conv(op: OpView) -> Relation | Refusal:
+    """`n (g c) *, (g o) c *, (g o), n (g o) * -> n (g o) *`"""
     c = _contracted(op, "c", 1)
     return parse(f"n (g {c}) *, (g o) {c} *, (g o), n (g o) * -> n (g o) *")
 
@@ -75,6 +80,7 @@ def _fused_of_zero(clauses: Clauses) -> Callable[[OpView], Clauses]:
 
 
 def _fused_matmul(op: OpView) -> Relation | Refusal:
+    """`... m k, ... k n -> ... m n`, or transposed"""
     if op.attributes.get("transBatchA", 0) or op.attributes.get("transBatchB", 0):
         return Refusal(f"{op.op} with transposed batches")
     left, right = list(op.in_shape(0)), list(op.in_shape(1))

@@ -28,6 +28,7 @@ from onnxprune.rules.base import (
 
 
 def _reshape(op: OpView) -> Relation | Refusal:
+    """The axes of both shapes, factored by their common divisors."""
     before, after = op.in_sizes[0], op.out_sizes[0]
     found = factor(before or [], after or [])
     if found is None:
@@ -55,6 +56,7 @@ def _mend_reshape(op: OpView, kept: Kept) -> Repair:
 
 
 def _transpose(op: OpView) -> Relation | Refusal:
+    """The axes in another order."""
     names = letters(op.in_shape(0))
     order = op.attributes.get("perm") or list(reversed(range(len(names))))
     return relate([" ".join(names)], [" ".join(names[k] for k in order)])
@@ -73,6 +75,7 @@ def _expand(op: OpView) -> Relation | Refusal:
 
 
 def _mend_expand(op: OpView, kept: Kept) -> Repair:
+    """Target."""
     target = op.seen[1]
     if target is None:
         return Repair()
@@ -109,6 +112,7 @@ def _tile(op: OpView) -> Relation | Refusal:
 
 
 def _mend_tile(op: OpView, kept: Kept) -> Repair:
+    """Repeats."""
     times = op.seen[1]
     if times is None:
         return Repair()
@@ -123,12 +127,14 @@ def _mend_tile(op: OpView, kept: Kept) -> Repair:
 
 
 def _resize(op: OpView) -> Relation | Refusal:
+    """Axes that keep their size; the others stay."""
     if op.attributes.get("coordinate_transformation_mode", b"") in ("tf_crop_and_resize", b"tf_crop_and_resize"):
         return Refusal("Resize with tf_crop_and_resize reads a region of interest")
     return _same_where_equal(op)
 
 
 def _mend_resize(op: OpView, kept: Kept) -> Repair:
+    """Sizes."""
     target = op.seen[3] if len(op.seen) > 3 else None
     if target is None or not target.size:
         return Repair()
@@ -137,6 +143,7 @@ def _mend_resize(op: OpView, kept: Kept) -> Repair:
 
 
 def _depth_to_space(op: OpView) -> Relation | Refusal:
+    """`b (!r !s c) h w -> b c (h !r) (w !s)`, or `b (c !r !s) h w` in CRD mode"""
     order = "(c !r !s)" if op.attributes.get("mode", "DCR") in ("CRD", b"CRD") else "(!r !s c)"
     return relate([f"b {order} h w"], ["b c (h !r) (w !s)"])
 
@@ -154,6 +161,7 @@ def _mapped(op: OpView, axis: int, source: np.ndarray, position: np.ndarray, inp
 
 
 def _concat(op: OpView) -> Relation | Refusal:
+    """Position by position along the axis; the other axes are the same."""
     axis = op.axis(1)
     sizes = [op.in_shape(k)[axis] for k in range(len(op.in_sizes))]
     operand = np.repeat(np.arange(len(sizes)), sizes)
@@ -163,6 +171,7 @@ def _concat(op: OpView) -> Relation | Refusal:
 
 
 def _split(op: OpView) -> Relation | Refusal:
+    """Position by position along the axis; the other axes are the same."""
     axis = op.axis(0)
     maps, start = [], 0
     for k, sizes in enumerate(op.out_sizes):
@@ -176,6 +185,7 @@ def _split(op: OpView) -> Relation | Refusal:
 
 
 def _mend_split(op: OpView, kept: Kept) -> Repair:
+    """Sizes of the parts."""
     axis = op.axis(0)
     sizes = np.array([kept.out_size(op, k, axis) for k in range(len(op.out_sizes))], dtype=np.int64)
     if op.version < 13:
@@ -197,6 +207,7 @@ def _slice_parts(op: OpView) -> tuple[list[int], list[int], list[int], list[int]
 
 
 def _slice(op: OpView) -> Relation | Refusal:
+    """Position by position along the axes that are cut; strides and dynamic axes stay."""
     parts = _slice_parts(op)
     if parts is None:
         axes = op.value(3, "axes")
@@ -221,6 +232,7 @@ def _slice(op: OpView) -> Relation | Refusal:
 
 
 def _mend_slice(op: OpView, kept: Kept) -> Repair:
+    """Starts and ends."""
     parts = _slice_parts(op)
     if parts is None:
         return Repair()
@@ -237,6 +249,7 @@ def _mend_slice(op: OpView, kept: Kept) -> Repair:
 
 
 def _gather(op: OpView) -> Relation | Refusal:
+    """Position by position where the indices are a stored vector; else the axis is mixed."""
     data, axis = op.in_shape(0), op.axis(0)
     names, index = letters(data), letters(op.in_shape(1), "i")
     indices = op.value(1)
@@ -250,6 +263,7 @@ def _gather(op: OpView) -> Relation | Refusal:
 
 
 def _mend_gather(op: OpView, kept: Kept) -> Repair:
+    """Indices."""
     axis, indices = op.axis(0), op.seen[1]
     if indices is None or indices.ndim != 1 or op.value(1) is None:
         return Repair()
@@ -281,6 +295,7 @@ def _pads(op: OpView) -> list[int] | None:
 
 
 def _pad(op: OpView) -> Relation | Refusal:
+    """Position by position where padded with a constant; the other modes stay."""
     pads = _pads(op)
     if pads is None:
         return _same_where_equal(op)
@@ -303,6 +318,7 @@ def _pad(op: OpView) -> Relation | Refusal:
 
 
 def _mend_pad(op: OpView, kept: Kept) -> Repair:
+    """Pads."""
     pads = _pads(op)
     if pads is None:
         return Repair()
@@ -335,6 +351,7 @@ def _shape(op: OpView) -> Relation | Refusal:
 
 
 def _constant(op: OpView) -> Relation | Refusal:
+    """Every axis may be cut."""
     return relate([""], [" ".join(letters(op.out_shape()))])
 
 

@@ -10,6 +10,7 @@ MIXTURES = "ReduceMax ReduceMean ReduceMin ReduceProd"
 
 
 def _batch_normalization(op: OpView) -> Relation | Refusal:
+    """`n c *, c, c, c, c -> n c *`; in training mode left alone"""
     if op.attributes.get("training_mode", 0) or len([s for s in op.out_sizes if s is not None]) > 1:
         return Refusal("BatchNormalization in training mode mixes the batch")
     names = letters(op.in_shape(0))
@@ -18,6 +19,7 @@ def _batch_normalization(op: OpView) -> Relation | Refusal:
 
 
 def _reduce(op: OpView) -> Relation | Refusal:
+    """The axes that are left; reduced ones are summed (`~`) or mixed (`!`)."""
     rank = len(op.in_shape(0))
     given = op.value(1, "axes")
     if given is None and op.has(1):
@@ -34,6 +36,7 @@ def _reduce(op: OpView) -> Relation | Refusal:
 
 
 def _softmax(op: OpView) -> Relation | Refusal:
+    """The same axes; the normalised one is mixed."""
     rank = len(op.in_shape(0))
     names = letters(op.in_shape(0))
     if op.version < 13:  # everything from the axis on is flattened into one distribution
@@ -46,6 +49,7 @@ def _softmax(op: OpView) -> Relation | Refusal:
 
 
 def _layer_normalization(op: OpView) -> Relation | Refusal:
+    """`... !d, !d, !d -> ... !d`"""
     names = letters(op.in_shape(0))
     first = op.axis(-1)
     full = [f"!{n}" if k >= first else n for k, n in enumerate(names)]
@@ -57,17 +61,20 @@ def _group_sizes(op: OpView) -> dict[str, int]:
 
 
 def _mend_groups(op: OpView, kept: Kept) -> Repair:
+    """The number of groups."""
     per_group = op.in_shape(0)[1] // int(op.attributes["num_groups"])
     return Repair(attributes={"num_groups": kept.in_size(op, 0, 1) // per_group})
 
 
 def _mean_variance(op: OpView) -> Relation | Refusal:
+    """The same axes; the normalised ones are mixed."""
     axes = {int(a) % len(op.in_shape(0)) for a in op.attributes.get("axes", (0, 2, 3))}
     text = " ".join(f"!{n}" if k in axes else n for k, n in enumerate(letters(op.in_shape(0))))
     return relate([text], [text])
 
 
 def _lp_normalization(op: OpView) -> Relation | Refusal:
+    """The same axes; the normalised one is mixed."""
     axis = op.axis(-1)
     text = " ".join(f"!{n}" if k == axis else n for k, n in enumerate(letters(op.in_shape(0))))
     return relate([text], [text])
@@ -87,6 +94,7 @@ def _skip_normalization(op: OpView) -> Relation | Refusal:
 
 
 def _spatial_pool(op: OpView) -> Relation | Refusal:
+    """`n c * -> n c *`; with indices left alone"""
     if len(op.out_sizes) > 1 and op.out_sizes[1] is not None:
         return Refusal("MaxPool returns flat indices, which count the channels")
     return relate(["n c *"], ["n c *"])

@@ -25,12 +25,14 @@ def _unary(op: OpView) -> Relation | Refusal:
 
 
 def _nary(op: OpView) -> Relation | Refusal:
+    """The same axes, with broadcasting."""
     out = op.out_shape()
     shapes = [None if s is None else op.in_shape(k) for k, s in enumerate(op.in_sizes)]
     return relate(broadcast(shapes, out), broadcast([out], out))
 
 
 def _prelu(op: OpView) -> Relation | Refusal:
+    """The same axes, with broadcasting."""
     out = op.out_shape()
     return relate(broadcast([op.in_shape(0), op.in_shape(1)], out), broadcast([out], out))
 

@@ -9,6 +9,7 @@ from onnxprune.rules.base import FIRST, OpView, Row, Table, add, letters, relate
 
 
 def _quantize(op: OpView) -> Relation | Refusal:
+    """The same axes; scales and zero points per tensor, or along their axis."""
     names = letters(op.in_shape(0))
     scale = op.in_shape(1)
     if len(scale) > 1 or op.attributes.get("block_size", 0):

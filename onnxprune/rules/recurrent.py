@@ -11,6 +11,7 @@ _OF_ZERO = {"tanh", "relu", "affine", "leakyrelu", "scaledtanh", "elu", "softsig
 
 
 def _recurrent(op: OpView) -> Relation | Refusal:
+    """`s b i, d (!g h) i, d (!g h) h, d (!e h), b, d b h, d b h, d (!p h) -> !s !d b h, d b h, d b h`"""
     if op.attributes.get("layout", 0):
         return Refusal(f"{op.op} with the batch first (layout=1), which onnxruntime does not run; export with layout=0")
     i = "i" if op.constant[1] else "~i"
@@ -37,6 +38,7 @@ def _zero(op: OpView) -> Clauses:
 
 
 def _mend(op: OpView, kept: Kept) -> Repair:
+    """The hidden size."""
     return Repair(attributes={"hidden_size": kept.in_size(op, 2, 2)})
 
 

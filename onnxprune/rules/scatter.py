@@ -23,6 +23,7 @@ def _marked(op: OpView, mixed: set[int]) -> str:
 
 
 def _arg(op: OpView) -> Relation | Refusal:
+    """The other axes; the one that is searched is mixed."""
     axis = op.axis(0)
     names = letters(op.in_shape(0))
     keep = op.attributes.get("keepdims", 1)
@@ -31,6 +32,7 @@ def _arg(op: OpView) -> Relation | Refusal:
 
 
 def _top_k(op: OpView) -> Relation | Refusal:
+    """The other axes; the sorted one is mixed."""
     axis = op.axis(-1)
     result = " ".join("1" if k == axis else n for k, n in enumerate(letters(op.in_shape(0))))
     return relate([_marked(op, {axis})], [result, result])
@@ -50,17 +52,20 @@ def _fill(names: list[str], token: str) -> str:
 
 
 def _gather_elements(op: OpView) -> Relation | Refusal:
+    """Axes of equal size; the one that is gathered along is mixed."""
     names = _shared(op.in_sizes[0], op.in_sizes[1], op.axis(0))
     return relate([_fill(names, "!d"), _fill(names, "i")], [_fill(names, "i")])
 
 
 def _scatter_elements(op: OpView) -> Relation | Refusal:
+    """Axes of equal size; the one that is scattered along is mixed."""
     names = _shared(op.in_sizes[0], op.in_sizes[1], op.axis(0))
     data = _fill(names, "!d")
     return relate([data, _fill(names, "!i"), _fill(names, "!i")], [data])
 
 
 def _gather_nd(op: OpView) -> Relation | Refusal:
+    """Batch axes and the axes behind the indexed ones; the indexed ones are mixed."""
     batch, depth = int(op.attributes.get("batch_dims", 0)), op.in_shape(1)[-1]
     data = letters(op.in_shape(0))
     index = [*data[:batch], *letters(op.in_shape(1), "i")[batch:-1]]
@@ -71,6 +76,7 @@ def _gather_nd(op: OpView) -> Relation | Refusal:
 
 
 def _scatter_nd(op: OpView) -> Relation | Refusal:
+    """The axes behind the indexed ones; the indexed ones are mixed."""
     depth = op.in_shape(1)[-1]
     data = letters(op.in_shape(0))
     index = [f"!{n}" for n in letters(op.in_shape(1), "i")[:-1]]
@@ -79,28 +85,33 @@ def _scatter_nd(op: OpView) -> Relation | Refusal:
 
 
 def _one_hot(op: OpView) -> Relation | Refusal:
+    """The indices' axes; the new one stays."""
     names = letters(op.in_shape(0))
     axis = op.axis(-1, rank=len(names) + 1)
     return relate([" ".join(names), "*", "*"], [" ".join([*names[:axis], "1", *names[axis:]])])
 
 
 def _reverse(op: OpView) -> Relation | Refusal:
+    """The same axes; that of time is mixed."""
     batch, time = int(op.attributes.get("batch_axis", 1)), int(op.attributes.get("time_axis", 0))
     return relate([_marked(op, {time}), f"a{batch}"], [_marked(op, {time})])
 
 
 def _trilu(op: OpView) -> Relation | Refusal:
+    """The same axes; the last two are mixed."""
     rank = len(op.in_shape(0))
     text = _marked(op, {rank - 2, rank - 1})
     return relate([text], [text])
 
 
 def _det(op: OpView) -> Relation | Refusal:
+    """The axes before the matrices."""
     names = letters(op.in_shape(0))[:-2]
     return relate([" ".join([*names, "1", "1"])], [" ".join(names)])
 
 
 def _col2im(op: OpView) -> Relation | Refusal:
+    """`n (c !k) 1 -> n c 1 1`"""
     if op.value(2) is None:
         return Refusal("Col2Im with a block that is computed at run time")
     return relate(["n (c !k) 1", "*", "*"], [" ".join(["n", "c"] + ["1"] * (len(op.out_shape()) - 2))])
@@ -112,6 +123,7 @@ def _col2im_block(op: OpView) -> dict[str, int]:
 
 
 def _deform_conv(op: OpView) -> Relation | Refusal:
+    """`n (g c) *, (g o) c *, n *, (g o), n * -> n (g o) *`, with one group of offsets"""
     if int(op.attributes.get("offset_group", 1)) != 1:
         return Refusal("DeformConv with several groups of offsets")
     c = "c" if op.constant[1] else "~c"
@@ -123,10 +135,12 @@ def _group(op: OpView) -> dict[str, int]:
 
 
 def _constant_of_shape(op: OpView) -> Relation | Refusal:
+    """Every axis may be cut."""
     return relate(["*"], [" ".join(letters(op.out_shape()))])
 
 
 def _mend_constant_of_shape(op: OpView, kept: Kept) -> Repair:
+    """Sizes."""
     target = op.seen[0]
     if target is None:
         return Repair()
