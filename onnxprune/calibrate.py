@@ -19,12 +19,14 @@ from onnxprune.progress import Progress
 from onnxprune.readers import Reader
 from onnxprune.runtime import Runtime
 from onnxprune.segments import Segments, late_order
+from onnxprune.shelf import Shelf, Shelved
 from onnxprune.statistics import FOLDS, Statistics
 from onnxprune.surroundings import Behind, Samples, look_behind
 from onnxprune.unfold import out_positions, sample_positions
 
 TARGET_ROWS = 65536  # rows per reader: positions are drawn so that all samples together give about this many
 ROWS_PER_COLUMN = 16  # and at least so many per column of the unfolded input
+FRONTIER_BYTES = 1 << 30  # of one frontier in memory; a larger one goes to files
 _CHUNK_BYTES = 256 << 20  # activations of a batch in the collecting pass
 _LARGEST_BATCH = 64
 
@@ -55,12 +57,16 @@ class Batches:
         return sample_positions(total, -(-wanted // len(self.data)), rng)
 
 
-def batch_size(analysis: Analysis, names: Sequence[str]) -> int:
-    """Samples per batch such that the named tensors stay within the chunk."""
+def sample_bytes(analysis: Analysis, names: Sequence[str]) -> int:
+    """Bytes that the named tensors take for one sample."""
     first = analysis.shapes.probes[0]
     samples = max((a.shape[0] for a in first.feeds.values() if a.ndim), default=1)
-    each = sum(4 * int(np.prod(first.shapes[n])) for n in names if n in first.shapes) / max(samples, 1)
-    return int(np.clip(_CHUNK_BYTES / max(each, 1.0), 1, _LARGEST_BATCH))
+    return sum(4 * int(np.prod(first.shapes[n])) for n in names if n in first.shapes) // max(samples, 1)
+
+
+def batch_size(analysis: Analysis, names: Sequence[str]) -> int:
+    """Samples per batch such that the named tensors stay within the chunk."""
+    return int(np.clip(_CHUNK_BYTES // max(sample_bytes(analysis, names), 1), 1, _LARGEST_BATCH))
 
 
 def collect(
@@ -133,37 +139,58 @@ class Sweep:
         place = self.segments.place
         self.readers = sorted(readers, key=lambda r: place[r.layer.node.index])
         self.cuts = [place[r.layer.node.index] for r in self.readers]
+        self.spilled = False  # whether a frontier had to go to files
 
     def run(self, fit: Fitter, progress: Progress) -> Arrays:
         """Visit every reader; ``fit`` turns its statistics (per group, per fold) into new stored tensors."""
-        original = [dict(self.batches.feeds(batch)) for batch in range(len(self.batches))]
-        first = self.segments.frontier(self.cuts[0]) if self.cuts else []
-        pruned = self._advance(0, self.cuts[0], first, original, self.arrays) if self.arrays and self.cuts else None
-        if self.cuts:
-            original = self._advance(0, self.cuts[0], first, original, {})
-        pruned = pruned or list(original)  # until something changes, both networks are one
-        for k, reader in enumerate(self.readers):
-            start = self.cuts[k]
-            stop = self.cuts[k + 1] if k + 1 < len(self.cuts) else start + 1
-            ahead = self.segments.frontier(stop) if k + 1 < len(self.cuts) else []
-            behind = look_behind(self.graph, reader, set(self.segments.frontier(start)))
-            piece = self.segments.piece(start, stop, [*ahead, reader.layer.output], original[0])
-            folds, samples = self._empty(reader), Samples.of(behind, reader, len(original))
-            for batch, now in enumerate(original):
-                found = piece.run(now)
-                self._add(folds, samples, reader, behind, batch, now, pruned[batch], found[reader.layer.output])
-                original[batch] = {name: found[name] for name in ahead}
-            self.arrays |= fit(reader, folds, samples)
-            if ahead:
-                pruned = self._advance(start, stop, ahead, pruned, self.arrays)
-            progress.advance()
+        if not self.readers:
+            return self.arrays
+        with Shelf(FRONTIER_BYTES) as shelf:
+            here = self.segments.frontier(self.cuts[0])
+            original = self._enter(here, {}, shelf)
+            # until something changes, both networks are one
+            pruned = self._enter(here, self.arrays, shelf) if self.arrays else list(original)
+            for k, reader in enumerate(self.readers):
+                start, last = self.cuts[k], k + 1 == len(self.cuts)
+                stop = start + 1 if last else self.cuts[k + 1]
+                ahead = [] if last else self.segments.frontier(stop)
+                behind = look_behind(self.graph, reader, set(here))
+                folds, samples = self._empty(reader), Samples.of(behind, reader, len(original))
+                piece = None
+                for batch in range(len(original)):
+                    now, beside = shelf.get(original[batch]), shelf.get(pruned[batch])
+                    piece = piece or self.segments.piece(start, stop, [*ahead, reader.layer.output], now)
+                    found = piece.run(now)
+                    self._add(folds, samples, reader, behind, batch, now, beside, found[reader.layer.output])
+                    original[batch] = shelf.put({name: found[name] for name in ahead}, self._bytes(ahead))
+                self.arrays |= fit(reader, folds, samples)
+                if not last:
+                    self._advance(start, stop, ahead, pruned, shelf)
+                here = ahead
+                progress.advance()
+            self.spilled = shelf.spilled
         return self.arrays
 
-    def _advance(
-        self, start: int, stop: int, names: Sequence[str], states: Sequence[Tensors], arrays: Arrays
-    ) -> list[dict[str, np.ndarray]]:
-        piece = self.segments.piece(start, stop, names, states[0], arrays)
-        return [piece.run(tensors) for tensors in states]
+    def _enter(self, names: Sequence[str], arrays: Arrays, shelf: Shelf) -> list[Shelved]:
+        """Run a network from its inputs to the first reader."""
+        piece, states = None, []
+        for batch in range(len(self.batches)):
+            feeds = self.batches.feeds(batch)
+            piece = piece or self.segments.piece(0, self.cuts[0], names, feeds, arrays)
+            states.append(shelf.put(piece.run(feeds), self._bytes(names)))
+        return states
+
+    def _advance(self, start: int, stop: int, names: Sequence[str], states: list[Shelved], shelf: Shelf) -> None:
+        """Run the pruned network on to the next reader."""
+        piece = None
+        for batch, shelved in enumerate(states):
+            tensors = shelf.get(shelved)
+            piece = piece or self.segments.piece(start, stop, names, tensors, self.arrays)
+            states[batch] = shelf.put(piece.run(tensors), self._bytes(names))
+
+    def _bytes(self, names: Sequence[str]) -> int:
+        """What a frontier of both networks takes."""
+        return 2 * len(self.batches.data) * sample_bytes(self.analysis, names)
 
     def _empty(self, reader: Reader) -> list[list[Statistics]]:
         group, width, outputs = reader.weights.shape

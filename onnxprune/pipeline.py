@@ -23,7 +23,8 @@ from onnxprune.surroundings import Samples
 from onnxprune.unfold import from_matrices
 
 LEVELS = (0.85, 0.7, 0.55, 0.4, 0.25, 0.1)  # kept shares at which a group's loss is measured
-SENSITIVITY_SAMPLES = 256
+# samples on which damage is measured: so many that all of it costs about as much as four passes over the data
+FEWEST_SENSITIVITY_SAMPLES, MOST_SENSITIVITY_SAMPLES = 64, 256
 _RIDGE = 1e-4  # of the first, one-shot reconstructions
 
 
@@ -98,7 +99,9 @@ class Chooser:
 
     def curves(self) -> list[np.ndarray]:
         """Per group the damage to the output for every kept count."""
-        subset = self.data.split(max(len(self.data) - SENSITIVITY_SAMPLES, 0))[0]
+        count = 8 * len(self.data) // max(len(self.analysis.groups) * len(LEVELS), 1)
+        count = min(max(count, FEWEST_SENSITIVITY_SAMPLES), MOST_SENSITIVITY_SAMPLES, len(self.data))
+        subset = self.data.split(len(self.data) - count)[0]
         batches = Batches(
             subset, self.batch or batch_size(self.analysis, [r.layer.data for r in self.readers]), self.seed
         )
