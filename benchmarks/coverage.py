@@ -66,9 +66,7 @@ def prune_one(path: Path, judge: Path | None) -> dict[str, Any]:
         "repaired": not seeds,
         "probe_seconds": round(probed - start, 2),
         "analysis_seconds": round(time.perf_counter() - probed, 2),
-        "frozen": [
-            f"{f.reason} ({f.op} {f.node})"[:160] for f in sorted(analysis.frozen, key=lambda f: -f.macs)[:3]
-        ],
+        "frozen": [f"{f.reason} ({f.op} {f.node})"[:160] for f in sorted(analysis.frozen, key=lambda f: -f.macs)[:3]],
     }
     units = np.array([g.units for g in analysis.groups])
     cost = CostModel(analysis)
@@ -169,9 +167,7 @@ def prune_by_others(path: Path) -> dict[str, Any]:
 def _child(command: list[str], seconds: float) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=seconds, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds, env=environment)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer in {seconds:.0f} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -199,7 +195,8 @@ def markdown(rows: list[dict[str, Any]], machine: str) -> str:
     lines = [
         "# Coverage",
         "",
-        f"{len(rows)} files, {datetime.date.today()}, {machine}. Made by `benchmarks/coverage.py`; random weights, seed 0.",
+        f"{len(rows)} files, {datetime.date.today()}, {machine}. Made by `benchmarks/coverage.py`; random weights,"
+        " seed 0, one thread; seconds are those of a busy machine.",
         "",
         f"Pruned exactly {count['pruned']}, unchanged {count['unchanged']}, wrong {count['wrong']}, crashed"
         f" {count['crash']}. Share of multiply-accumulates in prunable layers at least 0.9 in {most} of"
@@ -209,8 +206,22 @@ def markdown(rows: list[dict[str, Any]], machine: str) -> str:
     others = [key for key in ("onnxsim", "torch_pruning") if any(key in row for row in rows)]
     for key in others:
         said = [str(row.get(key, "failed")).split(":")[0] for row in rows]
-        lines += [f"{key}: pruned {said.count('pruned')}, unchanged {said.count('unchanged')}, failed {said.count('failed')}.", ""]
-    head = ["model", "exporter", "batch", "nodes", "prunable", "speed-up", "difference", "seconds", *others, "held back by"]
+        lines += [
+            f"{key}: " + ", ".join(f"{w} {said.count(w)}" for w in ("pruned", "unchanged", "failed")) + ".",
+            "",
+        ]
+    head = [
+        "model",
+        "exporter",
+        "batch",
+        "nodes",
+        "prunable",
+        "speed-up",
+        "difference",
+        "seconds",
+        *others,
+        "held back by",
+    ]
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
         parts = row["file"].split("__")
@@ -262,7 +273,10 @@ def main() -> None:
             found["onnxsim"] = found.get("onnxsim", f"failed: {found.pop('error', '')}")
             row |= found
         rows.append(row)
-        said = row.get("error") or f"{row['prunable']:.2f} {row['speedup']:.2f}x {row['analysis_seconds']} s {row['frozen'][:1]}"
+        said = (
+            row.get("error")
+            or f"{row['prunable']:.2f} {row['speedup']:.2f}x {row['analysis_seconds']} s {row['frozen'][:1]}"
+        )
         print(f"{path.stem}: {verdict(row)} {said}", file=sys.stderr, flush=True)
         if target:
             machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"

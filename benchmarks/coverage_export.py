@@ -76,10 +76,13 @@ class Logits(nn.Module):
         self.inner, self.key, self.options = inner, key, options
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """One pass."""
         return self.inner(*inputs, **self.options)[self.key]
 
 
 class UNet(nn.Module):
+    """A U-Net with transposed convolutions."""
+
     def __init__(self, width: int = 16) -> None:
         super().__init__()
 
@@ -91,6 +94,7 @@ class UNet(nn.Module):
         self.mix2, self.mix1, self.head = block(4 * width, 2 * width), block(2 * width, width), nn.Conv2d(width, 2, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One pass."""
         a = self.one(x)
         b = self.two(nn.functional.max_pool2d(a, 2))
         c = self.three(nn.functional.max_pool2d(b, 2))
@@ -99,6 +103,8 @@ class UNet(nn.Module):
 
 
 class Crnn(nn.Module):
+    """Convolutions, then a recurrent network over the columns."""
+
     def __init__(self, cell: type = nn.LSTM) -> None:
         super().__init__()
         self.features = nn.Sequential(
@@ -109,27 +115,34 @@ class Crnn(nn.Module):
         self.head = nn.Linear(48, 11)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One pass."""
         x = self.features(x)
         return self.head(self.rnn(x.flatten(1, 2).permute(2, 0, 1))[0])
 
 
 class Bottleneck(nn.Module):
+    """Two convolutions and a shortcut."""
+
     def __init__(self, c: int) -> None:
         super().__init__()
         self.a = nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.SiLU())
         self.b = nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.SiLU())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One pass."""
         return x + self.b(self.a(x))
 
 
 class C2f(nn.Module):
+    """The split block of YOLOv8."""
+
     def __init__(self, a: int, b: int) -> None:
         super().__init__()
         self.one, self.inner = nn.Conv2d(a, b, 1), Bottleneck(b // 2)
         self.two = nn.Conv2d(b + b // 2, b, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One pass."""
         y = list(self.one(x).chunk(2, 1))
         y.append(self.inner(y[-1]))
         return self.two(torch.cat(y, 1))
@@ -150,6 +163,7 @@ class Yolo(nn.Module):
         self.heads = nn.ModuleList([nn.Conv2d(2 * w << k, out, 1) for k in range(3)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One pass."""
         x = self.stem(x)
         found = []
         for down, c2f in zip(self.down, self.c2f, strict=True):
@@ -228,12 +242,15 @@ def _transformer(kind: str) -> Make:
 
 
 class Recurrent(nn.Module):
+    """A recurrent network and a layer on top."""
+
     def __init__(self, cell: type, both: bool) -> None:
         super().__init__()
         self.rnn = cell(10, 24, 2, batch_first=True, bidirectional=both)
         self.head = nn.Linear(48 if both else 24, 7)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One pass."""
         return self.head(self.rnn(x)[0])
 
 
@@ -244,16 +261,31 @@ def _recurrent(cell: type, both: bool) -> Make:
 MODELS: dict[str, Make] = {
     f"tv/{n}": _tv(n, s, **o)
     for n, s, o in (
-        ("alexnet", 96, {}), ("vgg11_bn", 64, {}), ("squeezenet1_1", 64, {}), ("resnet18", 64, {}),
-        ("resnet50", 64, {}), ("resnext50_32x4d", 64, {}), ("wide_resnet50_2", 64, {}), ("densenet121", 64, {}),
+        ("alexnet", 96, {}),
+        ("vgg11_bn", 64, {}),
+        ("squeezenet1_1", 64, {}),
+        ("resnet18", 64, {}),
+        ("resnet50", 64, {}),
+        ("resnext50_32x4d", 64, {}),
+        ("wide_resnet50_2", 64, {}),
+        ("densenet121", 64, {}),
         ("inception_v3", 128, {"init_weights": False, "aux_logits": False, "transform_input": True}),
-        ("googlenet", 64, {"init_weights": False, "aux_logits": False}), ("mobilenet_v2", 64, {}),
-        ("mobilenet_v3_small", 64, {}), ("mnasnet0_5", 64, {}), ("shufflenet_v2_x0_5", 64, {}),
-        ("efficientnet_b0", 64, {}), ("efficientnet_v2_s", 64, {}), ("regnet_x_400mf", 64, {}),
-        ("regnet_y_400mf", 64, {}), ("convnext_tiny", 64, {}), ("vit_b_16", 224, {}), ("swin_t", 64, {}),
-        ("swin_v2_t", 64, {}), ("maxvit_t", 224, {}),
+        ("googlenet", 64, {"init_weights": False, "aux_logits": False}),
+        ("mobilenet_v2", 64, {}),
+        ("mobilenet_v3_small", 64, {}),
+        ("mnasnet0_5", 64, {}),
+        ("shufflenet_v2_x0_5", 64, {}),
+        ("efficientnet_b0", 64, {}),
+        ("efficientnet_v2_s", 64, {}),
+        ("regnet_x_400mf", 64, {}),
+        ("regnet_y_400mf", 64, {}),
+        ("convnext_tiny", 64, {}),
+        ("vit_b_16", 224, {}),
+        ("swin_t", 64, {}),
+        ("swin_v2_t", 64, {}),
+        ("maxvit_t", 224, {}),
     )
-}  # fmt: skip
+}
 MODELS |= {
     f"seg/{n}": _segmentation(n)
     for n in ("fcn_resnet50", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
@@ -261,31 +293,95 @@ MODELS |= {
 MODELS |= {
     f"timm/{n}": _timm(n, s, **o)
     for n, s, o in (
-        ("botnet26t_256", 256, {}), ("cait_xxs24_224", 224, {}), ("coat_tiny", 224, {}), ("coatnet_nano_rw_224", 224, {}),
-        ("convit_tiny", 224, {}), ("convmixer_768_32", 64, {}), ("convnextv2_atto", 64, {}), ("crossvit_9_240", 240, {}),
-        ("cs3darknet_s", 64, {}), ("cspresnet50", 64, {}), ("darknet53", 64, {}), ("davit_tiny", 64, {}),
-        ("deit_tiny_patch16_224", 224, {}), ("densenet121", 64, {}), ("dla34", 64, {}), ("dm_nfnet_f0", 64, {}),
-        ("dpn68", 64, {}), ("eca_resnet33ts", 64, {}), ("edgenext_xx_small", 64, {}), ("efficientformer_l1", 224, {}),
-        ("efficientformerv2_s0", 224, {}), ("efficientnet_lite0", 64, {}), ("efficientvit_b0", 64, {}),
-        ("ese_vovnet19b_dw", 64, {}), ("fastvit_t8", 64, {}), ("fbnetc_100", 64, {}), ("focalnet_tiny_srf", 64, {}),
-        ("gcresnet33ts", 64, {}), ("gernet_s", 64, {}), ("ghostnet_100", 64, {}), ("gmlp_ti16_224", 224, {}),
-        ("hardcorenas_a", 64, {}), ("hgnet_tiny", 64, {}), ("hgnetv2_b0", 64, {}), ("hiera_tiny_224", 224, {}),
-        ("hrnet_w18_small", 64, {}), ("inception_resnet_v2", 128, {}), ("inception_v4", 128, {}),
-        ("inception_next_tiny", 64, {}), ("lcnet_050", 64, {}), ("levit_128s", 224, {}), ("mambaout_femto", 64, {}),
-        ("maxvit_nano_rw_256", 256, {}), ("mixer_s32_224", 224, {}), ("mixnet_s", 64, {}), ("mobileone_s0", 64, {}),
-        ("mobilenetv4_conv_small", 64, {}), ("mobilevit_xxs", 64, {}), ("mobilevitv2_050", 64, {}),
-        ("mvitv2_tiny", 224, {}), ("nest_tiny", 224, {}), ("nextvit_small", 64, {}), ("nf_regnet_b0", 64, {}),
-        ("pit_ti_224", 224, {}), ("poolformer_s12", 64, {}), ("pvt_v2_b0", 64, {}), ("rdnet_tiny", 64, {}),
-        ("regnetz_b16", 64, {}), ("repghostnet_050", 64, {}), ("repvgg_a0", 64, {}), ("repvit_m0_9", 64, {}),
-        ("res2net50_14w_8s", 64, {}), ("resmlp_12_224", 224, {}), ("resnest14d", 64, {}), ("resnetblur18", 64, {}),
-        ("resnetv2_50", 64, {}), ("rexnet_100", 64, {}), ("selecsls42", 64, {}), ("semnasnet_075", 64, {}),
-        ("sequencer2d_s", 224, {}), ("seresnet18", 64, {}), ("skresnet18", 64, {}), ("starnet_s1", 64, {}),
-        ("swin_tiny_patch4_window7_224", 224, {}), ("swinv2_tiny_window8_256", 256, {}), ("tiny_vit_5m_224", 224, {}),
-        ("tinynet_e", 64, {}), ("tresnet_m", 64, {}), ("twins_svt_small", 224, {}), ("vgg11", 64, {}),
-        ("visformer_tiny", 224, {}), ("vit_tiny_patch16_224", 224, {}), ("volo_d1_224", 224, {}),
-        ("vovnet39a", 64, {}), ("wide_resnet50_2", 64, {}), ("xception41", 64, {}), ("xcit_nano_12_p16_224", 224, {}),
+        ("botnet26t_256", 256, {}),
+        ("cait_xxs24_224", 224, {}),
+        ("coat_tiny", 224, {}),
+        ("coatnet_nano_rw_224", 224, {}),
+        ("convit_tiny", 224, {}),
+        ("convmixer_768_32", 64, {}),
+        ("convnextv2_atto", 64, {}),
+        ("crossvit_9_240", 240, {}),
+        ("cs3darknet_s", 64, {}),
+        ("cspresnet50", 64, {}),
+        ("darknet53", 64, {}),
+        ("davit_tiny", 64, {}),
+        ("deit_tiny_patch16_224", 224, {}),
+        ("densenet121", 64, {}),
+        ("dla34", 64, {}),
+        ("dm_nfnet_f0", 64, {}),
+        ("dpn68", 64, {}),
+        ("eca_resnet33ts", 64, {}),
+        ("edgenext_xx_small", 64, {}),
+        ("efficientformer_l1", 224, {}),
+        ("efficientformerv2_s0", 224, {}),
+        ("efficientnet_lite0", 64, {}),
+        ("efficientvit_b0", 64, {}),
+        ("ese_vovnet19b_dw", 64, {}),
+        ("fastvit_t8", 64, {}),
+        ("fbnetc_100", 64, {}),
+        ("focalnet_tiny_srf", 64, {}),
+        ("gcresnet33ts", 64, {}),
+        ("gernet_s", 64, {}),
+        ("ghostnet_100", 64, {}),
+        ("gmlp_ti16_224", 224, {}),
+        ("hardcorenas_a", 64, {}),
+        ("hgnet_tiny", 64, {}),
+        ("hgnetv2_b0", 64, {}),
+        ("hiera_tiny_224", 224, {}),
+        ("hrnet_w18_small", 64, {}),
+        ("inception_resnet_v2", 128, {}),
+        ("inception_v4", 128, {}),
+        ("inception_next_tiny", 64, {}),
+        ("lcnet_050", 64, {}),
+        ("levit_128s", 224, {}),
+        ("mambaout_femto", 64, {}),
+        ("maxvit_nano_rw_256", 256, {}),
+        ("mixer_s32_224", 224, {}),
+        ("mixnet_s", 64, {}),
+        ("mobileone_s0", 64, {}),
+        ("mobilenetv4_conv_small", 64, {}),
+        ("mobilevit_xxs", 64, {}),
+        ("mobilevitv2_050", 64, {}),
+        ("mvitv2_tiny", 224, {}),
+        ("nest_tiny", 224, {}),
+        ("nextvit_small", 64, {}),
+        ("nf_regnet_b0", 64, {}),
+        ("pit_ti_224", 224, {}),
+        ("poolformer_s12", 64, {}),
+        ("pvt_v2_b0", 64, {}),
+        ("rdnet_tiny", 64, {}),
+        ("regnetz_b16", 64, {}),
+        ("repghostnet_050", 64, {}),
+        ("repvgg_a0", 64, {}),
+        ("repvit_m0_9", 64, {}),
+        ("res2net50_14w_8s", 64, {}),
+        ("resmlp_12_224", 224, {}),
+        ("resnest14d", 64, {}),
+        ("resnetblur18", 64, {}),
+        ("resnetv2_50", 64, {}),
+        ("rexnet_100", 64, {}),
+        ("selecsls42", 64, {}),
+        ("semnasnet_075", 64, {}),
+        ("sequencer2d_s", 224, {}),
+        ("seresnet18", 64, {}),
+        ("skresnet18", 64, {}),
+        ("starnet_s1", 64, {}),
+        ("swin_tiny_patch4_window7_224", 224, {}),
+        ("swinv2_tiny_window8_256", 256, {}),
+        ("tiny_vit_5m_224", 224, {}),
+        ("tinynet_e", 64, {}),
+        ("tresnet_m", 64, {}),
+        ("twins_svt_small", 224, {}),
+        ("vgg11", 64, {}),
+        ("visformer_tiny", 224, {}),
+        ("vit_tiny_patch16_224", 224, {}),
+        ("volo_d1_224", 224, {}),
+        ("vovnet39a", 64, {}),
+        ("wide_resnet50_2", 64, {}),
+        ("xception41", 64, {}),
+        ("xcit_nano_12_p16_224", 224, {}),
     )
-}  # fmt: skip
+}
 MODELS |= {f"hf/{k}": _transformer(k) for k in ("bert", "distilbert", "gpt2", "llama", "clip_text", "vit")}
 MODELS |= {
     "own/unet": lambda: (UNet(), _image(32)),
@@ -314,8 +410,8 @@ def export(name: str, exporter: str, dynamic: bool, path: Path) -> None:
         return
     if dynamic:
         batch = torch.export.Dim("batch", min=1, max=64)
-        options["dynamic_shapes"] = (tuple({0: batch} for _ in inputs),) if isinstance(model, Logits) else tuple(
-            {0: batch} for _ in inputs
+        options["dynamic_shapes"] = (
+            (tuple({0: batch} for _ in inputs),) if isinstance(model, Logits) else tuple({0: batch} for _ in inputs)
         )
     torch.onnx.export(model, inputs, str(path), dynamo=True, external_data=False, verbose=False, **options)
 
