@@ -131,6 +131,13 @@ def prune(
             seed=seed,
             preprocessing=preprocessing or Preprocessing(),
         )
+        if calibration.is_random:  # at sizes that the model is known to run at
+            feeds = probe(graph, runtime, seed=seed).probes[0].feeds
+            sizes = {
+                spec.name: (1, *feeds[spec.name].shape[1:]) if spec.shape[:1] == (None,) else feeds[spec.name].shape
+                for spec in graph.inputs
+            }
+            calibration = load_calibration(None, graph.inputs, samples=samples, seed=seed, dynamic=sizes)
         fit_data, held_out = _split(calibration)
     with progress.stage("groups"):
         prepared = _prepare(graph, runtime, calibration, reconstruct, only, exclude)
@@ -267,7 +274,7 @@ def _prepare(
     biases = add_biases(model) if reconstruct else []
     graph = Graph(model, graph.folder)
     batch = None
-    if calibration is not None and not calibration.is_random:
+    if calibration is not None:
         batch = calibration.feeds(list(range(min(3, len(calibration)))) if calibration.batchable else [0])
     shapes = probe(graph, runtime, batch)
     one = calibration.feeds([0]) if calibration is not None else None
@@ -317,13 +324,23 @@ def _check_written(model: onnx.ModelProto) -> None:
 def _removed(
     analysis: Analysis, plan: Plan, original: Graph, prepared: _Prepared
 ) -> dict[str, dict[int, tuple[int, ...]]]:
-    """Removed positions of stored tensors, by the names that the original has."""
-    known = set(original.stored_names()) | original.computed_from_constants
+    """Removed positions of stored tensors, by the names that the original has.
+
+    Of a tensor and its aliases (Identity) that lost different positions, all are named, if need be with nothing
+    removed: each stands for itself. A tensor that several operators read under one name and that was not cut alike for
+    all of them is left out: its name does not say what was removed.
+    """
+    graph, known = analysis.graph, set(original.stored_names()) | original.computed_from_constants
     found: dict[str, dict[int, tuple[int, ...]]] = {}
     for (tensor, axis), gone in sorted(removed_positions(analysis, plan).items()):
-        if tensor in known and analysis.graph.is_stored(tensor) and tensor not in prepared.biases:
+        if graph.is_stored(tensor) and tensor not in prepared.biases:
             found.setdefault(tensor, {})[axis] = tuple(int(i) for i in gone)
-    return found
+    for node in original.nodes:
+        alias, source = node.outputs[0], node.inputs[0] if node.inputs else ""
+        if node.op == "Identity" and graph.is_stored(alias) and found.get(alias) != found.get(source):
+            found.setdefault(alias, {})
+    uneven = {origin for copy, origin in prepared.copies.items() if found.get(copy) != found.get(origin)}
+    return {name: axes for name, axes in found.items() if name in known - uneven}
 
 
 def _versions() -> dict[str, str]:

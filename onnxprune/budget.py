@@ -34,7 +34,7 @@ def interpolate(units: int, levels: Sequence[int], measured: Sequence[float], er
     counts = np.array([*np.asarray(levels)[order], units])
     damage = np.array([*np.maximum(np.asarray(measured, dtype=np.float64)[order], 0.0), 0.0])
     every = np.arange(units + 1)
-    known = not np.isnan(errors[counts[0] :]).any()
+    known = not np.isnan(errors).any()
     base = np.maximum.accumulate((errors - errors[units])[::-1])[::-1] if known else (units - every).astype(float)
     at = base[counts]
     # interpolation runs over the error, which falls with the kept count
@@ -58,6 +58,7 @@ def allocate(curves: Sequence[np.ndarray], cost: CostModel, limit: float, floors
     Returns:
         (groups,) kept counts; the floors where even they cost more.
     """
+    curves = [_finite(curve) for curve in curves]
     low, high = 0.0, 1.0
     best = np.asarray(floors, dtype=np.int64).copy()
     scale = max(max((float(c[f]) for c, f in zip(curves, floors, strict=True)), default=1.0), 1e-12) / max(limit, 1.0)
@@ -76,6 +77,14 @@ def allocate(curves: Sequence[np.ndarray], cost: CostModel, limit: float, floors
         else:
             low = middle
     return _fill(best, curves, cost, limit)
+
+
+def _finite(curve: np.ndarray) -> np.ndarray:
+    """A curve whose infinities (the network gave no number there) are errors worse than any that was measured."""
+    good = np.isfinite(curve)
+    worst = float(curve[good].max(initial=0.0))
+    result: np.ndarray = np.where(good, curve, 1e3 * (worst + 1.0))
+    return result
 
 
 def _descend(

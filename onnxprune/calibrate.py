@@ -14,7 +14,6 @@ import numpy as np
 
 from onnxprune.analysis import Analysis
 from onnxprune.data import Calibration
-from onnxprune.errors import InternalError
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader
 from onnxprune.runtime import Runtime
@@ -77,10 +76,10 @@ def collect(
     Returns:
         per reader, per group of its convolution, the statistics of the original network: target X @ W.
     """
-    segments = Segments(analysis.graph, range(len(analysis.graph.nodes)), runtime)
+    segments = Segments(analysis.graph, range(len(analysis.graph.nodes)), runtime, analysis.shapes)
     grams = [np.zeros((len(r.weights), r.width, r.width)) for r in readers]
     rows = [0] * len(readers)
-    names = sorted({r.layer.data for r in readers})
+    names = sorted({r.layer.data for r in readers} | {r.layer.output for r in readers if not _is_fixed(analysis, r)})
     piece = None
     for batch in range(len(batches)):
         feeds = batches.feeds(batch)
@@ -88,7 +87,9 @@ def collect(
         found = piece.run(feeds)
         for k, reader in enumerate(readers):
             x = found[reader.layer.data]
-            out = _out_shape(analysis, reader, x)
+            fixed = _is_fixed(analysis, reader)
+            shape = analysis.shapes.probes[0].shapes[reader.layer.output] if fixed else found[reader.layer.output].shape
+            out = out_positions(reader.layer, shape)
             positions = batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
             for g, part in enumerate(reader.unfolding.rows(x, positions, out)):
                 grams[k][g] += part.T @ part
@@ -100,15 +101,10 @@ def collect(
     ]
 
 
-def _out_shape(analysis: Analysis, reader: Reader, x: np.ndarray) -> tuple[int, ...]:
-    """Inner sizes of a reader's output for this input."""
-    layer = reader.layer
-    if not reader.unfolding.kernel:
-        return tuple(x.shape[1:-1])
-    for probe in analysis.shapes.probes:
-        if probe.shapes[layer.data][1:] == x.shape[1:]:
-            return out_positions(layer, probe.shapes[layer.output])
-    raise InternalError(f"layer {layer.node.label!r} met an input of size {x.shape} that was not probed")
+def _is_fixed(analysis: Analysis, reader: Reader) -> bool:
+    """Whether a reader's output has the same inner sizes for every input."""
+    rank = len(analysis.shapes.shape(reader.layer.output) or ())
+    return all(analysis.shapes.is_static(reader.layer.output, axis) for axis in range(1, rank))
 
 
 Fitter = Callable[[Reader, list[list[Statistics]], Samples | None], Arrays]
@@ -135,11 +131,10 @@ class Sweep:
         self.batches = batches
         self.arrays = dict(arrays)
         order = late_order(self.graph, {r.layer.node.index for r in readers})
-        self.segments = Segments(self.graph, order, runtime)
+        self.segments = Segments(self.graph, order, runtime, analysis.shapes)
         place = self.segments.place
         self.readers = sorted(readers, key=lambda r: place[r.layer.node.index])
         self.cuts = [place[r.layer.node.index] for r in self.readers]
-        self.spilled = False  # whether a frontier had to go to files
 
     def run(self, fit: Fitter, progress: Progress) -> Arrays:
         """Visit every reader; ``fit`` turns its statistics (per group, per fold) into new stored tensors."""
@@ -168,7 +163,6 @@ class Sweep:
                     self._advance(start, stop, ahead, pruned, shelf)
                 here = ahead
                 progress.advance()
-            self.spilled = shelf.spilled
         return self.arrays
 
     def _enter(self, names: Sequence[str], arrays: Arrays, shelf: Shelf) -> list[Shelved]:
@@ -209,7 +203,7 @@ class Sweep:
     ) -> None:
         """Add a batch: what the pruned network reads here, and what the original gave."""
         x = pruned[reader.layer.data]
-        out = _out_shape(self.analysis, reader, x)
+        out = out_positions(reader.layer, output.shape)
         positions = self.batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
         rows = reader.unfolding.rows(x, positions, out)
         target = reader.unfolding.targets(output, positions)
@@ -220,7 +214,12 @@ class Sweep:
             if here is not there:
                 gap = reader.unfolding.targets(here, positions) - shortcut
                 target = target + behind.before_scale(gap)
-        for g, (part, wanted) in enumerate(zip(rows, target, strict=True)):
-            folds[g][batch % FOLDS].add(part, wanted)
+        # samples take turns between the folds, whatever the batch size
+        fold = (np.arange(len(x)) + batch) % FOLDS
+        for k in range(FOLDS):
+            mine = np.repeat(fold == k, rows.shape[1] // len(x))
+            for g, (part, wanted) in enumerate(zip(rows, target, strict=True)):
+                if mine.any():
+                    folds[g][k].add(part[mine], wanted[mine])
         if samples is not None:
             samples.add(rows[0], target[0], shortcut[0] if shortcut is not None else None)

@@ -51,6 +51,10 @@ class Chooser:
 
     def __post_init__(self) -> None:
         self.readers = find_readers(self.analysis)
+        # damage is measured on samples that the first reconstructions have not seen
+        count = 8 * len(self.data) // max(len(self.analysis.groups) * len(LEVELS), 1)
+        count = min(max(count, FEWEST_SENSITIVITY_SAMPLES), MOST_SENSITIVITY_SAMPLES, len(self.data) // 2)
+        self.first, self.pricing = self.data.split(count) if count else (self.data, self.data)
         self.cost = CostModel(self.analysis)
 
     # ------------------------------------------------------------------------------------ statistics and ranks
@@ -59,8 +63,8 @@ class Chooser:
         """Sum up what every reader of a group reads in the original network."""
         chosen = [r for r in self.readers if r.columns]
         size = self.batch or batch_size(self.analysis, [r.layer.data for r in chosen])
-        batches = Batches(self.data, size, self.seed)
-        with self.progress.stage("calibrate", len(self.data)):
+        batches = Batches(self.first, size, self.seed)
+        with self.progress.stage("calibrate", len(self.first)):
             found = collect(self.analysis, chosen, batches, self.runtime, self.progress) if chosen else []
         self.statistics = {r.index: s for r, s in zip(chosen, found, strict=True)}
 
@@ -99,11 +103,8 @@ class Chooser:
 
     def curves(self) -> list[np.ndarray]:
         """Per group the damage to the output for every kept count."""
-        count = 8 * len(self.data) // max(len(self.analysis.groups) * len(LEVELS), 1)
-        count = min(max(count, FEWEST_SENSITIVITY_SAMPLES), MOST_SENSITIVITY_SAMPLES, len(self.data))
-        subset = self.data.split(len(self.data) - count)[0]
         batches = Batches(
-            subset, self.batch or batch_size(self.analysis, [r.layer.data for r in self.readers]), self.seed
+            self.pricing, self.batch or batch_size(self.analysis, [r.layer.data for r in self.readers]), self.seed
         )
         levels = [self._levels(info.units) for info in self.analysis.groups]
         with self.progress.stage("sensitivity", len(self.analysis.groups)):

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from onnx import numpy_helper
 
 from onnxprune.graph import Graph
+from onnxprune.probe import Shapes
 from onnxprune.runtime import Runtime
 
 
@@ -49,10 +50,12 @@ class Segments:
         graph: the model.
         order: all its nodes in a topological order.
         runtime: how to run the pieces.
+        shapes: which sizes are static; without, all but the batch are taken to be.
     """
 
-    def __init__(self, graph: Graph, order: Sequence[int], runtime: Runtime) -> None:
+    def __init__(self, graph: Graph, order: Sequence[int], runtime: Runtime, shapes: Shapes | None = None) -> None:
         self.graph = graph
+        self.shapes = shapes
         self.order = list(order)
         self.runtime = runtime
         self.place = {index: k for k, index in enumerate(order)}
@@ -124,7 +127,13 @@ class Segments:
         return Piece(session, [*feeds, *free], wanted, list(outputs))
 
     def _shape(self, name: str, example: np.ndarray) -> list[int | str]:
-        return [f"{name}_batch", *example.shape[1:]] if example.ndim else []
+        known = self.shapes is not None and self.shapes.known(name)
+        return [
+            size
+            if axis and (not known or self.shapes is None or self.shapes.is_static(name, axis))
+            else f"{name}_{axis}"
+            for axis, size in enumerate(example.shape)
+        ]
 
     def _computes(self, index: int) -> bool:
         return self.graph.nodes[index].op != "Constant"

@@ -74,7 +74,7 @@ def measure(
     changed = {g: sorted(options[0]) for g, options in variants.items() if options}
     first = {g: min(n.index for name in tensors for n in graph.consumers[name]) for g, tensors in changed.items()}
     order = late_order(graph, set(first.values()))
-    segments = Segments(graph, order, runtime)
+    segments = Segments(graph, order, runtime, analysis.shapes)
     place = {g: min(segments.place[n.index] for name in changed[g] for n in graph.consumers[name]) for g in changed}
     states = [dict(batches.feeds(batch)) for batch in range(len(batches))]
     whole = segments.piece(0, len(order), names, states[0])

@@ -33,7 +33,6 @@ class Shelf:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._folder = tempfile.TemporaryDirectory(prefix="onnxprune-", ignore_cleanup_errors=True)
-        self.spilled = False
 
     def __enter__(self) -> Shelf:
         return self
@@ -45,7 +44,6 @@ class Shelf:
         """Keep some tensors of a frontier that takes ``frontier_bytes`` in all."""
         if frontier_bytes <= self.limit:
             return dict(tensors)
-        self.spilled = True
         return {name: _OnDisk(array, Path(self._folder.name)) for name, array in tensors.items()}
 
     @staticmethod

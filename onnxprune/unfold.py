@@ -57,7 +57,7 @@ class Unfolding:
                 small, large = (out_shape, in_shape) if transposed else (in_shape, out_shape)
                 reach = (large[2 + a] - 1) * strides[a] + (kernel[a] - 1) * dilations[a] + 1
                 total = max(reach + (extra[a] if transposed else 0) - small[2 + a], 0)
-                low = auto == "SAME_LOWER" if not transposed else auto == "SAME_UPPER"
+                low = auto == "SAME_LOWER" if not transposed else auto != "SAME_UPPER"
                 before.append(total - total // 2 if low else total // 2)
             pads = tuple(before)
         return Unfolding(kernel, strides, dilations, pads, layer.group, transposed)

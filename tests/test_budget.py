@@ -361,3 +361,19 @@ def test_interpolation_never_rises(data: st.DataObject) -> None:
     assert np.isfinite(found).all()
     assert (np.diff(found) <= 0).all()
     assert found[units] == 0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_allocation_avoids_widths_at_which_the_network_gives_no_number() -> None:
+    cost, rng = branches((3, 3, 3)), np.random.default_rng(0)
+    curves = [convex(3, rng), convex(4, rng), np.array([np.inf, np.inf, np.inf, 0.5, 0.1, 0.0])]
+    limit = cost.macs(np.array([2, 2, 3]))
+    kept = allocate(curves, cost, limit, [1, 1, 1])
+    assert np.isfinite(error(curves, kept))
+    assert error(curves, kept) == pytest.approx(least_error(curves, cost, limit, [1, 1, 1]))
+
+
+def test_interpolation_knows_the_rest_where_the_errors_end_early() -> None:
+    errors = np.linspace(3, 0, 11)
+    errors[:2] = np.nan
+    assert np.isfinite(interpolate(10, [2, 5], [2.0, 1.0], errors)).all()

@@ -363,13 +363,24 @@ def test_the_sums_are_those_of_both_networks_run_as_a_whole(
     assert sorted(r.index for r, _, _ in visits) == list(range(len(case.readers)))
     for reader, folds, now in visits:
         for parts, batches in zip(folds, case.explicit(reader, now), strict=True):
-            for k, part in enumerate(parts):  # batches go to the folds in turn
-                x, y = (np.concatenate([b[j] for b in batches[k::2]]) for j in (0, 1))
+            for k, part in enumerate(parts):  # samples go to the folds in turn
+                turns = [(np.arange(len(p)) + b) % 2 == k for b, p in enumerate(case.batches.parts)]
+                mine = [np.repeat(turn, len(b[0]) // len(turn)) for turn, b in zip(turns, batches, strict=True)]
+                x, y = (np.concatenate([b[j][m] for b, m in zip(batches, mine, strict=True)]) for j in (0, 1))
                 assert part.rows == len(x)
                 size = np.sqrt(np.abs(x.T @ x).max() * np.square(y).sum(axis=0).max())
                 np.testing.assert_allclose(part.gram, x.T @ x, rtol=0, atol=1e-5 * np.abs(x.T @ x).max())
                 np.testing.assert_allclose(part.cross, x.T @ y, rtol=0, atol=1e-5 * size)
                 np.testing.assert_allclose(part.energy, np.square(y).sum(axis=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [22, 64])
+def test_both_folds_hold_samples_whatever_the_batch(batch: int) -> None:
+    case = Case("chain", batch=batch)
+    rows = []
+    sweep(case, lambda reader, folds, now: rows.append([f.rows for f in folds[0]]) or {}, {})
+    assert rows
+    assert all(min(r) > 0.4 * sum(r) for r in rows)
 
 
 @pytest.mark.parametrize("name", ["residual", "residual_norm", "projection", "late_shortcut", "tokens"])
