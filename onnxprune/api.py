@@ -160,8 +160,8 @@ def prune(
     with progress.stage("prove"):
         spare = [name for name in prepared.biases if name not in arrays]
         sliced = rewrite(analysis, plan, copies=prepared.copies)
-        feeds = [p.feeds for p in analysis.shapes.probes]
-        proof = prove(analysis, plan, sliced, feeds, runtime)
+        tried = [p.feeds for p in analysis.shapes.probes]
+        proof = prove(analysis, plan, sliced, tried, runtime)
         pruned = rewrite(analysis, plan, arrays, prepared.copies)
         drop_biases(pruned, spare)
         _check_written(pruned)

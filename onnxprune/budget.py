@@ -13,9 +13,6 @@ import numpy as np
 
 from onnxprune.analysis import CostModel
 
-SLACK = 1.05  # a speed-up of X is met by [X, 1.05 X]
-
-
 def interpolate(units: int, levels: Sequence[int], measured: Sequence[float], errors: np.ndarray) -> np.ndarray:
     """An error for every number of kept units, from measurements at a few.
 
@@ -104,13 +101,16 @@ def _descend(
     return kept
 
 
-def _fill(kept: np.ndarray, curves: Sequence[np.ndarray], cost: CostModel, limit: float) -> np.ndarray:
-    """Give units back, the most useful per cost first, as long as they fit."""
+def _fill(
+    kept: np.ndarray, curves: Sequence[np.ndarray], cost: CostModel, limit: float, most: np.ndarray | None = None
+) -> np.ndarray:
+    """Give units back, the most useful per cost first, as long as they fit and no group gets more than ``most``."""
     kept = kept.copy()
+    top = np.array([len(curve) - 1 for curve in curves]) if most is None else most
     while True:
         now, best, gain = cost.macs(kept), -1, -1.0
         for g, curve in enumerate(curves):
-            if kept[g] + 1 < len(curve):
+            if kept[g] < min(top[g], len(curve) - 1):
                 price = float(cost.along(kept, g, np.array([kept[g] + 1]))[0]) - now
                 if now + price <= limit:
                     value = float(curve[kept[g]] - curve[kept[g] + 1]) / max(price, 1e-9)
@@ -130,7 +130,8 @@ def uniform(units: Sequence[int], cost: CostModel, limit: float, floors: Sequenc
         fits = cost.macs(np.maximum(np.round(sizes * middle), least)) <= limit
         low, high = (middle, high) if fits else (low, middle)
     kept = np.maximum(np.round(sizes * low), least).astype(np.int64)
-    return _fill(kept, [np.linspace(1.0, 0.0, n + 1) for n in units], cost, limit)
+    # what rounding leaves over goes to each group once at most, so that the shares stay alike
+    return _fill(kept, [np.linspace(1.0, 0.0, n + 1) for n in units], cost, limit, kept + 1)
 
 
 def global_threshold(scores: Sequence[np.ndarray], cost: CostModel, limit: float, floors: Sequence[int]) -> np.ndarray:
