@@ -13,6 +13,7 @@ import numpy as np
 
 from onnxprune.analysis import CostModel
 
+
 def interpolate(units: int, levels: Sequence[int], measured: Sequence[float], errors: np.ndarray) -> np.ndarray:
     """An error for every number of kept units, from measurements at a few.
 
@@ -130,8 +131,13 @@ def uniform(units: Sequence[int], cost: CostModel, limit: float, floors: Sequenc
         fits = cost.macs(np.maximum(np.round(sizes * middle), least)) <= limit
         low, high = (middle, high) if fits else (low, middle)
     kept = np.maximum(np.round(sizes * low), least).astype(np.int64)
-    # what rounding leaves over goes to each group once at most, so that the shares stay alike
-    return _fill(kept, [np.linspace(1.0, 0.0, n + 1) for n in units], cost, limit, kept + 1)
+    # what rounding leaves over goes round, to each group once at a time, so that the shares stay alike
+    even = [np.linspace(1.0, 0.0, n + 1) for n in units]
+    while True:
+        more = _fill(kept, even, cost, limit, kept + 1)
+        if (more == kept).all():
+            return kept
+        kept = more
 
 
 def global_threshold(scores: Sequence[np.ndarray], cost: CostModel, limit: float, floors: Sequence[int]) -> np.ndarray:
