@@ -143,7 +143,7 @@ def prune(
         prepared = _prepare(graph, runtime, calibration, reconstruct, only, exclude)
     analysis = prepared.analysis
     cost = CostModel(analysis)
-    full, limit, floors = _target(analysis, cost, speedup, best_effort)
+    limit, floors = _target(analysis, cost, speedup, best_effort)
     chooser = Chooser(analysis, fit_data, runtime, progress, select, seed, batch_size)
     uses_data = reconstruct or select in FROM_ACTIVATIONS
     if uses_data:
@@ -170,11 +170,8 @@ def prune(
         times = measure_latency([original, pruned], batch, runtime)
         fidelity = measure_fidelity(original, pruned, held_out, batch_size or 32, runtime)
         before, after = (
-            Measures(round(macs), params(m), m.ByteSize(), latency)
-            for macs, m, latency in (
-                (full, original, times[0]),
-                (cost.macs(plan.counts(analysis)), pruned, times[1]),
-            )
+            Measures(count_model_macs(m, batch), params(m), m.ByteSize(), latency)
+            for m, latency in zip((original, pruned), times, strict=True)
         )
     report = Report(
         target=Target(speedup),
@@ -293,8 +290,8 @@ def _prepare(
             seeds += more
 
 
-def _target(analysis: Analysis, cost: CostModel, speedup: float, best_effort: bool) -> tuple[float, float, list[int]]:
-    """Multiply-accumulates of the original, the most that may be left, and the fewest units per group."""
+def _target(analysis: Analysis, cost: CostModel, speedup: float, best_effort: bool) -> tuple[float, list[int]]:
+    """The most multiply-accumulates that may be left, and the fewest units per group."""
     units = np.array([g.units for g in analysis.groups])
     full, least = cost.macs(units), cost.macs(np.ones(len(units)))
     if not len(units) or not full or full / least < speedup:
@@ -311,7 +308,7 @@ def _target(analysis: Analysis, cost: CostModel, speedup: float, best_effort: bo
                 reachable,
             )
         speedup = reachable
-    return full, full / speedup, [1] * len(units)
+    return full / speedup, [1] * len(units)
 
 
 def _check_written(model: onnx.ModelProto) -> None:

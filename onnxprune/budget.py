@@ -130,7 +130,7 @@ def uniform(units: Sequence[int], cost: CostModel, limit: float, floors: Sequenc
         middle = (low + high) / 2.0
         fits = cost.macs(np.maximum(np.round(sizes * middle), least)) <= limit
         low, high = (middle, high) if fits else (low, middle)
-    kept = np.maximum(np.round(sizes * low), least).astype(np.int64)
+    kept: np.ndarray = np.maximum(np.round(sizes * low), least).astype(np.int64)
     # what rounding leaves over goes round, to each group once at a time, so that the shares stay alike
     even = [np.linspace(1.0, 0.0, n + 1) for n in units]
     while True:
