@@ -58,6 +58,7 @@ class Analysis:
     frozen: tuple[Frozen, ...]
     terms: tuple[MacTerm, ...]
     layers: tuple[Layer, ...]
+    nominal: Shapes  # sizes at which costs are counted
 
     @cached_property
     def macs(self) -> float:
@@ -210,7 +211,7 @@ def analyse(
     coupling = couple(known, statements, seeds, weights)
     layers = tuple(layer for node in graph.nodes if (layer := layer_of(node, graph)) is not None)
     groups = _named(coupling, graph, statements)
-    return Analysis(graph, shapes, statements, groups, _frozen(coupling, graph, terms, nominal), terms, layers)
+    return Analysis(graph, shapes, statements, groups, _frozen(coupling, graph, terms, nominal), terms, layers, nominal)
 
 
 def _size(shapes: Shapes, axis: AxisId) -> int:
@@ -289,7 +290,7 @@ class CostModel:
                 index.setdefault((axis.tensor, axis.axis), len(index))
         self.slope = np.zeros((len(index) + 1, len(groups)))  # positions per unit, by axis and group
         self.base = np.ones(len(index) + 1)  # positions that always stay; the last row is the constant one
-        sizes = {axis: _size(analysis.shapes, axis) for axis in index}
+        sizes = {axis: _size(analysis.nominal, axis) for axis in index}
         for group in groups:
             for axis in group.axes:
                 self.slope[index[axis.tensor, axis.axis], group.index] += axis.positions.shape[1]
@@ -306,7 +307,7 @@ class CostModel:
 
     @staticmethod
     def _fixed(term: MacTerm, analysis: Analysis, index: dict[AxisId, int]) -> float:
-        return term.coefficient * float(np.prod([_size(analysis.shapes, a) for a in term.axes if a not in index]))
+        return term.coefficient * float(np.prod([_size(analysis.nominal, a) for a in term.axes if a not in index]))
 
     def per_term(self, kept: np.ndarray) -> np.ndarray:
         """Multiply-accumulates of every layer for these kept counts, shape (groups,)."""

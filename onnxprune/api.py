@@ -42,7 +42,9 @@ from onnxprune.verify import prove
 __all__ = ["Inspection", "Result", "analyze", "compare", "count_model_macs", "prune"]
 
 DEFAULT_SAMPLES = 2000
+SLACK = 1.05  # a speed-up of X is met by [X, 1.05 X]
 _HELD_OUT_SHARE = 0.1
+_FEWEST_TO_SPLIT = 10
 _MOST_HELD_OUT = 500
 
 
@@ -144,6 +146,11 @@ def prune(
     analysis = prepared.analysis
     cost = CostModel(analysis)
     limit, floors = _target(analysis, cost, speedup, best_effort)
+    warnings = list(calibration.warnings)
+    if len(calibration) < _FEWEST_TO_SPLIT:
+        warnings.append(
+            f"only {len(calibration)} samples: fidelity is measured on those that the weights were fitted to"
+        )
     chooser = Chooser(analysis, fit_data, runtime, progress, select, seed, batch_size)
     uses_data = reconstruct or select in FROM_ACTIVATIONS
     if uses_data:
@@ -164,7 +171,7 @@ def prune(
         proof = prove(analysis, plan, sliced, tried, runtime)
         pruned = rewrite(analysis, plan, arrays, prepared.copies)
         drop_biases(pruned, spare)
-        _check_written(pruned)
+        _check_written(pruned, original)
     with progress.stage("measure"):
         batch = calibration.feeds([0])
         times = measure_latency([original, pruned], batch, runtime)
@@ -173,6 +180,9 @@ def prune(
             Measures(count_model_macs(m, batch), params(m), m.ByteSize(), latency)
             for m, latency in zip((original, pruned), times, strict=True)
         )
+    ratio = Achieved.of(before, after).macs
+    if not speedup * (1 - 1e-9) <= ratio <= speedup * SLACK:
+        warnings.append(f"asked for {speedup:g}x the speed in MACs, counted {ratio:.3g}x: the widths allow no closer")
     report = Report(
         target=Target(speedup),
         before=before,
@@ -196,7 +206,7 @@ def prune(
         timings=dict(progress.timings),
         versions=_versions(),
         hashes={"model": plan.model, "pruned": digest(pruned), "data": calibration.digest},
-        warnings=(*calibration.warnings,),
+        warnings=tuple(warnings),
         options={"select": select, "reconstruct": reconstruct, "only": only, "exclude": exclude},
     )
     return Result(pruned, report, plan)
@@ -311,7 +321,11 @@ def _target(analysis: Analysis, cost: CostModel, speedup: float, best_effort: bo
     return full / speedup, [1] * len(units)
 
 
-def _check_written(model: onnx.ModelProto) -> None:
+def _check_written(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
+    try:
+        onnx.checker.check_model(original)
+    except Exception:  # onnxruntime is more lenient than the checker; what it took before it may take again
+        return
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:

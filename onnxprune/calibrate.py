@@ -9,6 +9,7 @@ target is Y1 + Y2 - Y1', so that the shortcut's error is paid for in the branch 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -149,7 +150,7 @@ class Sweep:
                 start, last = self.cuts[k], k + 1 == len(self.cuts)
                 stop = start + 1 if last else self.cuts[k + 1]
                 ahead = [] if last else self.segments.frontier(stop)
-                behind = look_behind(self.graph, reader, set(here))
+                behind = self._behind(reader, here)
                 folds, samples = self._empty(reader), Samples.of(behind, reader, len(original))
                 piece = None
                 for batch in range(len(original)):
@@ -164,6 +165,12 @@ class Sweep:
                 here = ahead
                 progress.advance()
         return self.arrays
+
+    def _behind(self, reader: Reader, here: Sequence[str]) -> Behind:
+        behind, shapes = look_behind(self.graph, reader, set(here)), self.analysis.shapes
+        if behind.residual and shapes.shape(behind.residual) != shapes.shape(reader.layer.output):
+            return replace(behind, residual="", limits=None)  # a broadcast sum is not followed
+        return behind
 
     def _enter(self, names: Sequence[str], arrays: Arrays, shelf: Shelf) -> list[Shelved]:
         """Run a network from its inputs to the first reader."""
@@ -208,7 +215,7 @@ class Sweep:
         rows = reader.unfolding.rows(x, positions, out)
         target = reader.unfolding.targets(output, positions)
         shortcut: np.ndarray | None = None
-        if behind.residual and original[behind.residual].shape == output.shape:
+        if behind.residual:
             here, there = original[behind.residual], pruned[behind.residual]
             shortcut = reader.unfolding.targets(there, positions)
             if here is not there:

@@ -73,7 +73,7 @@ def measure_latency(
     Raises:
         InputError: onnxruntime refuses a model, or cannot run it on these feeds.
     """
-    sessions = [runtime.session(model) for model in models]
+    sessions = [runtime.session(model, spinning=True) for model in models]
     for session in sessions:
         start = time.perf_counter()
         for _ in range(_WARM_UP_RUNS):

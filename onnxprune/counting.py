@@ -10,6 +10,7 @@ import onnx
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph
 from onnxprune.layers import mac_term
+from onnxprune.normalise import normalise
 from onnxprune.probe import Shapes, probe, random_feeds, run_probe
 from onnxprune.runtime import Runtime
 
@@ -31,9 +32,13 @@ def nominal_shapes(graph: Graph, runtime: Runtime, feeds: Mapping[str, np.ndarra
 
 
 def count_model_macs(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None = None) -> int:
-    """Multiply-accumulates of a model for one sample (or for the data given)."""
-    graph = Graph(model)
-    nominal = nominal_shapes(graph, Runtime("cpu", 0), data)
+    """Multiply-accumulates of a model for one sample (or for the data given).
+
+    Functions and branches that do not depend on the input are counted as what they stand for.
+    """
+    runtime = Runtime("cpu", 0)
+    graph = Graph(normalise(Graph(model), runtime)[0])
+    nominal = nominal_shapes(graph, runtime, data)
     total = 0.0
     for node in graph.nodes:
         term = mac_term(node, nominal)

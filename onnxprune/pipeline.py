@@ -15,7 +15,7 @@ from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers
 from onnxprune.reconstruct import Fit, fit, refine, solve
 from onnxprune.runtime import Runtime
-from onnxprune.select import Ranking
+from onnxprune.select import Problem, Ranking
 from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights
 from onnxprune.sensitivity import measure
 from onnxprune.statistics import Statistics
@@ -47,7 +47,6 @@ class Chooser:
     rankings: list[Ranking] = field(default_factory=list)
     kept: dict[int, np.ndarray] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
-    ridges: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.readers = find_readers(self.analysis)
@@ -75,7 +74,7 @@ class Chooser:
                 self.rankings.append(rank(self.method, info, self._problems(info), self.analysis, self.seed))
                 self.progress.advance()
 
-    def _problems(self, info: GroupInfo, statistics: Mapping[int, Sequence[Statistics]] | None = None) -> list:  # type: ignore[type-arg]
+    def _problems(self, info: GroupInfo, statistics: Mapping[int, Sequence[Statistics]] | None = None) -> list[Problem]:
         gone = {r.index: self._gone(r) for r in self.readers}
         found = statistics if statistics is not None else self.statistics
         return problems_of(info.group.index, self.readers, found, gone)
@@ -180,7 +179,13 @@ class Chooser:
             if samples is not None:
                 fits = [refine(fits[0], *samples.arrays(), samples.saturation, left, reader.weights[0])]
             self._note(reader, fits)
-            return stored_arrays(self.analysis, reader, np.stack([f.weights for f in fits]))
+            found = stored_arrays(self.analysis, reader, np.stack([f.weights for f in fits]))
+            if all(np.isfinite(a.astype(self.analysis.graph.array(n).dtype)).all() for n, a in found.items()):
+                return found
+            # the model's type cannot hold the fitted weights: the old ones stay, with zeros where units went
+            gone = np.ones((1, reader.width, 1))
+            gone[:, self._gone(reader)] = 0.0
+            return stored_arrays(self.analysis, reader, reader.weights * gone)
 
         with self.progress.stage("reconstruct", len(cut)):
             return runner.run(fit_reader, self.progress)
@@ -201,7 +206,6 @@ class Chooser:
         error = float(np.mean([f.error for f in fits]))
         for group in reader.columns:
             self.errors[group] = max(self.errors.get(group, 0.0), error)
-        self.ridges[reader.layer.node.label] = fits[0].ridge
 
 
 def stored_arrays(analysis: Analysis, reader: Reader, matrices: np.ndarray) -> Arrays:

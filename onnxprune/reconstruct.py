@@ -133,21 +133,27 @@ def refine(
     """
     used = rows[:, kept]
     gram = (used.T @ used).astype(np.float64)
-    ridge = max(start.ridge, RIDGES[0]) * max(float(np.diag(gram).mean()), np.finfo(float).tiny)
+    ridge = np.full(len(kept), max(start.ridge, RIDGES[0]) * max(float(np.diag(gram).mean()), np.finfo(float).tiny))
+    ridge[kept == rows.shape[1] - 1] = 1e-9 * gram[-1, -1]  # the bias
     gram[np.diag_indices_from(gram)] += ridge
     try:
         factor = cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError:
         return start
-    weights = start.weights[kept]
-    for _ in range(_REFINEMENTS):
+    weights, losses = start.weights[kept], []
+    for step in range(_REFINEMENTS + 1):
         now = used @ weights.astype(rows.dtype)
         goal = saturation.target(wanted, offset, now)
-        step = cho_solve(factor, used.T @ goal + ridge * prior[kept]) - weights
-        weights = weights + _RELAXATION * step
+        losses.append(float(np.square(goal - now, dtype=np.float64).sum()))
+        if step < _REFINEMENTS:
+            solution = cho_solve(factor, used.T @ goal + ridge[:, None] * prior[kept])
+            weights = weights + _RELAXATION * (solution - weights)
+    energy = max(float(np.square(wanted, dtype=np.float64).sum()), np.finfo(float).tiny)
+    if not losses[-1] < losses[0]:
+        return Fit(start.weights, start.ridge, losses[0] / energy)
     full = np.zeros_like(start.weights)
     full[kept] = weights
-    return Fit(full, start.ridge, start.error)
+    return Fit(full, start.ridge, losses[-1] / energy)
 
 
 def _try(statistics: Statistics, kept: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:

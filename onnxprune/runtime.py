@@ -39,8 +39,10 @@ class Runtime:
                 f"provider {self.provider!r} is not in this build of onnxruntime; it offers {', '.join(have)}"
             )
 
-    def session(self, model: onnx.ModelProto | bytes, *, optimise: bool = True) -> ort.InferenceSession:
-        """A session for the model.
+    def session(
+        self, model: onnx.ModelProto | bytes, *, optimise: bool = True, spinning: bool = False
+    ) -> ort.InferenceSession:
+        """A session for the model; ``spinning`` is the runtime's default, for measuring what users get.
 
         Raises:
             InputError: onnxruntime refuses the model.
@@ -50,7 +52,7 @@ class Runtime:
         options.intra_op_num_threads = self.threads or os.cpu_count() or 1
         options.inter_op_num_threads = 1
         # spinning worker threads would fight with BLAS for the same cores
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if not optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         data = model if isinstance(model, bytes) else model.SerializeToString()

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from onnxprune.analysis import Analysis
-from onnxprune.calibrate import Arrays, Batches
+from onnxprune.calibrate import FRONTIER_BYTES, Arrays, Batches, sample_bytes
 from onnxprune.progress import Progress
 from onnxprune.runtime import Runtime
 from onnxprune.segments import Segments, late_order
@@ -76,12 +76,15 @@ def measure(
     order = late_order(graph, set(first.values()))
     segments = Segments(graph, order, runtime, analysis.shapes)
     place = {g: min(segments.place[n.index] for name in changed[g] for n in graph.consumers[name]) for g in changed}
-    states = [dict(batches.feeds(batch)) for batch in range(len(batches))]
+    widest = max((sample_bytes(analysis, segments.frontier(at)) for at in set(place.values())), default=0)
+    room = max(FRONTIER_BYTES // max(widest, 1), 1)
+    used = [k for k in range(len(batches)) if sum(map(len, batches.parts[: k + 1])) <= room] or [0]
+    states = [dict(batches.feeds(batch)) for batch in used]
     whole = segments.piece(0, len(order), names, states[0])
     expected = [whole.run(feeds) for feeds in states]
     results: dict[int, list[float]] = {}
     here = 0
-    samples = sum(len(part) for part in batches.parts)
+    samples = sum(len(batches.parts[k]) for k in used)
     for group in sorted(changed, key=lambda g: place[g]):
         if place[group] > here:
             piece = segments.piece(here, place[group], segments.frontier(place[group]), states[0])

@@ -310,7 +310,7 @@ def test_one_unreadable_image_is_named_and_the_rest_used(folder, capsys):
     (folder / "nothing" / "7.png").write_bytes(b"no image")
     assert main(["model.onnx", "--data", "nothing"]) == 0
     err = capsys.readouterr().err
-    assert "7.png" in err and err.count("warning") == 1
+    assert "7.png" in err and err.count("unreadable image") == 1
 
 
 def test_inspect_shows_groups_and_what_is_frozen(folder, capsys):
