@@ -187,6 +187,7 @@ def prune(
     with _progress(quiet) as progress:
         options |= {"preprocessing": preprocessing, "progress": progress}
         result = api.prune(model, data=data, reconstruct=not no_reconstruct, **options)
+    before = report_path.read_bytes() if report_path is not None and report_path.is_file() else None
     if report_path is not None:
         with _writing(report_path):
             write_bytes(f"{result.report.to_json()}\n".encode(), report_path)
@@ -194,8 +195,11 @@ def prune(
         with _writing(output):
             result.save(output, force=force)
     except BaseException:
-        if report_path is not None:  # both or none
-            report_path.unlink(missing_ok=True)
+        if report_path is not None:  # both or none; a report that stood there before comes back
+            if before is None:
+                report_path.unlink(missing_ok=True)
+            else:
+                write_bytes(before, report_path)
         raise
     _warn(result.report.warnings, quiet)
     if as_json:

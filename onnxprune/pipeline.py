@@ -49,6 +49,9 @@ class Chooser:
     errors: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.method == "slimming":  # refused at once, rather than after a pass over the data
+            for info in self.analysis.groups:
+                scales(info, self.analysis)
         self.readers = find_readers(self.analysis)
         # damage is measured on samples that the first reconstructions have not seen
         count = 8 * len(self.data) // max(len(self.analysis.groups) * len(LEVELS), 1)

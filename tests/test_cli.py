@@ -401,3 +401,16 @@ def test_a_process_ends_with_the_status(tmp_path):
 def test_no_arguments_show_the_help(capsys):
     assert main([]) == 2
     assert "Usage: onnxprune" in capsys.readouterr().err
+
+
+def test_a_report_that_stood_there_comes_back_when_the_model_cannot_be_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "old.json").write_text("precious")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "model.pruned.onnx")
+
+    monkeypatch.setattr("onnxprune.api.Result.save", fail)
+    assert main(["model.onnx", "--report", "old.json", "--force"]) == 2
+    assert (folder / "old.json").read_text() == "precious"
