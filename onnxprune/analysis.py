@@ -13,9 +13,14 @@ from onnxprune.axes import BoundRelation, Refusal
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph, Node
 from onnxprune.groups import AxisId, Coupling, Group, Seed, Statement, couple
-from onnxprune.layers import LAYER_OPS, Layer, MacTerm, contracted_axes, layer_of, mac_term
+from onnxprune.layers import Layer, contracted_axes, layer_of, made_axes, silencing, weighted_axes
+from onnxprune.macs import MacTerm, holds_macs, mac_terms
 from onnxprune.probe import Shapes
 from onnxprune.rules.base import OpView
+
+_ONE = "an axis of size one"
+_DYNAMIC = "a size that depends on the data"
+_NO_CHANNELS = (_ONE, _DYNAMIC)  # nothing is lost where these stay
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,11 @@ class Analysis:
     nominal: Shapes  # sizes at which costs are counted
 
     @cached_property
+    def weights(self) -> frozenset[str]:
+        """Tensors in which zeros silence a channel: what layers, normalisations and biases take from the file."""
+        return silencing(self.graph)
+
+    @cached_property
     def macs(self) -> float:
         """Multiply-accumulates of the whole model at the nominal shapes."""
         return CostModel(self).macs(np.array([g.units for g in self.groups]))
@@ -71,8 +81,8 @@ class Analysis:
         free = {(axis.tensor, axis.axis) for g in self.groups for axis in g.group.axes}
         cost = CostModel(self)
         each = cost.per_term(np.array([g.units for g in self.groups]))
-        able = [any(axis in free for axis in term.axes) for term in self.terms]
-        return float(each[able].sum() / each.sum()) if each.sum() else 0.0
+        able = {term.index for term in self.terms if any(axis in free for axis in term.axes)}
+        return float(each[[term.index in able for term in self.terms]].sum() / each.sum()) if each.sum() else 0.0
 
 
 def view(node: Node, graph: Graph, shapes: Shapes, which: int = 0) -> OpView:
@@ -136,9 +146,9 @@ def outside_seeds(graph: Graph, shapes: Shapes, known: dict[str, tuple[int, ...]
         else:
             for axis, size in enumerate(shape):
                 if size == 1:
-                    seeds.append(Seed("an axis of size one", "", "", name, axis))
+                    seeds.append(Seed(_ONE, "", "", name, axis))
                 elif not shapes.is_static(name, axis):
-                    seeds.append(Seed("a size that depends on the data", "", "", name, axis))
+                    seeds.append(Seed(_DYNAMIC, "", "", name, axis))
     return seeds
 
 
@@ -150,7 +160,7 @@ def chosen_nodes(graph: Graph, only: str | None, exclude: str | None) -> set[str
     """
     if only is None and exclude is None:
         return None
-    labels = [node.label for node in graph.nodes if node.op in LAYER_OPS]
+    labels = [node.label for node in graph.nodes if holds_macs(node)]
     chosen = set(labels)
     for option, text in (("--only", only), ("--exclude", exclude)):
         if text is None:
@@ -197,17 +207,17 @@ def analyse(
     seeds = [*extra_seeds, *outside_seeds(graph, shapes, known)]
     chosen = chosen_nodes(graph, only, exclude)
     if chosen is not None:
-        for node in graph.nodes:
-            if node.op in LAYER_OPS and node.label not in chosen:
-                output = node.outputs[0]
-                axis = 1 if node.op in ("Conv", "ConvTranspose") else len(known[output]) - 1
-                seeds.append(Seed("not chosen by --only/--exclude", node.label, node.op, output, axis))
-    terms = tuple(t for node in graph.nodes if (t := mac_term(node, nominal)) is not None)
+        for node, statement in zip(graph.nodes, statements, strict=True):
+            if holds_macs(node) and node.label not in chosen:
+                for place in weighted_axes(node, statement.relation, graph.computed_from_constants):
+                    seeds.append(Seed("not chosen by --only/--exclude", node.label, node.op, *place))
+    terms = tuple(term for node in graph.nodes for term in mac_terms(node, nominal))
     weights: dict[AxisId, float] = {}
     for term in terms:
         macs = term.coefficient * float(np.prod([_size(nominal, a) for a in term.axes]))
         for place in term.axes:
-            weights[place] = weights.get(place, 0.0) + macs
+            if place[0] in known:
+                weights[place] = weights.get(place, 0.0) + macs
     coupling = couple(known, statements, seeds, weights)
     layers = tuple(layer for node in graph.nodes if (layer := layer_of(node, graph)) is not None)
     groups = _named(coupling, graph, statements)
@@ -228,23 +238,12 @@ def _named(coupling: Coupling, graph: Graph, statements: tuple[Statement, ...]) 
     producers: list[dict[str, None]] = [{} for _ in coupling.groups]
     consumers: list[dict[str, None]] = [{} for _ in coupling.groups]
     for node, statement in zip(graph.nodes, statements, strict=True):
-        if node.op not in LAYER_OPS or isinstance(statement.relation, Refusal):
-            continue
-        read = contracted_axes(node, statement.relation)
-        for axis in read:
+        for axis in contracted_axes(node, statement.relation):
             for index in where.get(axis, ()):
                 consumers[index][node.label] = None
-        for k, operand in enumerate(statement.relation.outputs):
-            for axis_index, bound in enumerate(operand):
-                made = not any(
-                    bound.letters == other.letters and other.letters
-                    for name, side in zip(node.inputs, statement.relation.inputs, strict=False)
-                    for other in side
-                    if name not in graph.computed_from_constants
-                )
-                if made:
-                    for index in where.get((statement.outputs[k], axis_index), ()):
-                        producers[index][node.label] = None
+        for axis in made_axes(node, statement.relation, graph.computed_from_constants):
+            for index in where.get(axis, ()):
+                producers[index][node.label] = None
     named, used = [], set()
     for group in coupling.groups:
         base = next(iter(producers[group.index]), group.axes[0].tensor)
@@ -257,25 +256,27 @@ def _named(coupling: Coupling, graph: Graph, statements: tuple[Statement, ...]) 
 
 
 def _frozen(coupling: Coupling, graph: Graph, terms: tuple[MacTerm, ...], nominal: Shapes) -> tuple[Frozen, ...]:
-    """Frozen channels of the layers' weights, gathered by the place that froze them."""
-    held: dict[Seed, tuple[int, dict[str, None], float]] = {}
+    """Frozen channels of the layers, gathered by the place that froze them.
+
+    A channel is what a layer's weights count, and what goes with it: the heads of an attention, but not its tokens.
+    """
     inputs = {spec.name for spec in graph.inputs}
+    weights = {n for node in graph.nodes if holds_macs(node) for n in node.inputs if n in graph.computed_from_constants}
+    channels = {seed for (name, _), (seed, _) in coupling.frozen.items() if name in weights}
+    macs: dict[int, float] = {}
+    held: dict[Seed, tuple[int, dict[int, str]]] = {}
     for term in terms:
-        macs = term.coefficient * float(np.prod([_size(nominal, a) for a in term.axes]))
+        each = term.coefficient * float(np.prod([_size(nominal, a) for a in term.axes]))
+        macs[term.index] = macs.get(term.index, 0.0) + each
         for axis in term.axes:
-            if axis not in coupling.frozen:
+            seed, count = coupling.frozen.get(axis, (None, 0))
+            if seed not in channels or seed.reason in _NO_CHANNELS or (seed.tensor in inputs and seed.axis == 0):
                 continue
-            seed, channels = coupling.frozen[axis]
-            if seed.reason in ("an axis of size one", "a size that depends on the data") or (
-                seed.tensor in inputs and seed.axis == 0
-            ):
-                continue
-            count, names, total = held.get(seed, (0, {}, 0.0))
-            names[term.node] = None
-            held[seed] = (max(count, channels), names, total + macs)
+            most, nodes = held.get(seed, (0, {}))
+            held[seed] = (max(most, count), nodes | {term.index: term.node})
     return tuple(
-        Frozen(s.reason, s.node, s.op, s.tensor, s.axis, count, tuple(names), macs)
-        for s, (count, names, macs) in held.items()
+        Frozen(s.reason, s.node, s.op, s.tensor, s.axis, count, tuple(nodes.values()), sum(macs[k] for k in nodes))
+        for s, (count, nodes) in held.items()
     )
 
 

@@ -9,7 +9,7 @@ import onnx
 
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph
-from onnxprune.layers import mac_term
+from onnxprune.macs import mac_terms
 from onnxprune.normalise import normalise
 from onnxprune.probe import Shapes, probe, random_feeds, run_probe
 from onnxprune.runtime import Runtime
@@ -41,8 +41,7 @@ def count_model_macs(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | No
     nominal = nominal_shapes(graph, runtime, data)
     total = 0.0
     for node in graph.nodes:
-        term = mac_term(node, nominal)
-        if term is not None:
+        for term in mac_terms(node, nominal):
             sizes = [(nominal.shape(name) or ())[axis] for name, axis in term.axes]
             total += term.coefficient * float(np.prod(sizes))
     return round(total)

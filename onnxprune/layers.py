@@ -1,32 +1,25 @@
-"""The layers: operators that hold multiply-accumulates and weights."""
+"""The layers: operators that hold multiply-accumulates, and those among them whose weights can be fitted again."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-import numpy as np
-
-from onnxprune.axes import BoundRelation, Refusal
+from onnxprune.axes import BoundAxis, BoundRelation, Refusal
 from onnxprune.graph import Graph, Node
-from onnxprune.probe import Shapes
+from onnxprune.macs import holds_macs
+from onnxprune.rules.base import row_for
 
 AxisId = tuple[str, int]
+Operand = tuple[BoundAxis, ...]
 
-LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-
-
-@dataclass(frozen=True, eq=False)
-class MacTerm:
-    """Multiply-accumulates of one node: a coefficient times the sizes of some axes."""
-
-    node: str
-    coefficient: float
-    axes: tuple[AxisId, ...]
+_MOVING = frozenset({"Transpose", "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten"})
+FITTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # as matrix products, see `onnxprune.unfold`
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer with stored weights: ``data`` is contracted with ``weight`` along ``data_axis``/``weight_axis``."""
+    """A layer whose weights can be fitted again: ``data_axis`` of ``data`` is contracted with that of ``weight``."""
 
     node: Node
     data: str
@@ -40,28 +33,9 @@ class Layer:
     group: int
 
 
-def mac_term(node: Node, shapes: Shapes) -> MacTerm | None:
-    """The cost of a node as a product of axis sizes; None where it holds no multiply-accumulates."""
-    if node.op not in LAYER_OPS or node.domain:
-        return None
-    left, right, out = node.inputs[0], node.inputs[1], node.outputs[0]
-    a, w, y = shapes.shape(left), shapes.shape(right), shapes.shape(out)
-    if a is None or w is None or y is None:
-        return None
-    if node.op in ("Conv", "ConvTranspose"):
-        spatial = y[2:] if node.op == "Conv" else a[2:]
-        coefficient = float(np.prod([a[0], *w[2:], *spatial], dtype=np.float64))
-        return MacTerm(node.label, coefficient, ((right, 0), (right, 1)))
-    if node.op == "Gemm":
-        contracted = 0 if node.attributes.get("transA", 0) else 1
-        return MacTerm(node.label, float(y[0]), ((left, contracted), (out, 1)))
-    axes = [(out, k) for k in range(len(y))] + [(left, len(a) - 1)]
-    return MacTerm(node.label, 1.0, tuple(axes))
-
-
 def layer_of(node: Node, graph: Graph) -> Layer | None:
     """The layer that a node is, where its weights stand in the file."""
-    if node.op not in LAYER_OPS or node.domain:
+    if node.op not in FITTED or node.domain:
         return None
     data, weight = node.inputs[0], node.inputs[1]
     bias = node.inputs[2] if len(node.inputs) > 2 else ""
@@ -97,14 +71,57 @@ def _added_bias(node: Node, graph: Graph) -> str:
     return other[0] if fits else ""
 
 
+def silencing(graph: Graph) -> frozenset[str]:
+    """Tensors in which zeros silence a channel; they may reach their operator through others that only move them."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        row = row_for(node.domain, node.op, graph.opsets.get(node.domain, 1))
+        if row is not None:
+            found.update(node.inputs[k] for k in row.weights if k < len(node.inputs))
+    for node in reversed(graph.nodes):
+        if node.op in _MOVING and set(node.outputs) & found and set(node.outputs) <= graph.computed_from_constants:
+            found.update(node.inputs)
+    return frozenset(found - {""})
+
+
 def contracted_axes(node: Node, relation: BoundRelation | Refusal) -> set[AxisId]:
     """Axes of a layer's operands that the layer sums over."""
-    if node.op not in LAYER_OPS or isinstance(relation, Refusal):
+    if not holds_macs(node) or isinstance(relation, Refusal):
         return set()
     kept = {letter for operand in relation.outputs for axis in operand for letter in axis.letters}
     return {
         (name, k)
         for name, operand in zip(node.inputs, relation.inputs, strict=False)
         for k, axis in enumerate(operand)
-        if axis.letters and not set(axis.letters) <= kept
+        if set(axis.letters) - axis.mixed - kept
     }
+
+
+def weighted_axes(node: Node, relation: BoundRelation | Refusal, constant: Collection[str]) -> list[AxisId]:
+    """Axes of a layer's outputs that its weights have too: what its filters make, or scale one by one."""
+    return [axis for axis, _ in _weighted(node, relation, constant)]
+
+
+def made_axes(node: Node, relation: BoundRelation | Refusal, constant: Collection[str]) -> list[AxisId]:
+    """Axes of a layer's outputs that come from its weights, and not from the data."""
+    if isinstance(relation, Refusal):
+        return []
+    sides = zip(node.inputs, relation.inputs, strict=False)
+    data: Operand = next((side for name, side in sides if name and name not in constant), ())
+    words = {axis.letters for axis in data}
+    return [axis for axis, letters in _weighted(node, relation, constant) if letters not in words]
+
+
+def _weighted(
+    node: Node, relation: BoundRelation | Refusal, constant: Collection[str]
+) -> list[tuple[AxisId, tuple[str, ...]]]:
+    if not holds_macs(node) or isinstance(relation, Refusal):
+        return []
+    sides = zip(node.inputs, relation.inputs, strict=False)
+    ours = {x for name, side in sides if name in constant for axis in side for x in axis.letters}
+    return [
+        ((name, k), axis.letters)
+        for name, operand in zip(node.outputs, relation.outputs, strict=True)
+        for k, axis in enumerate(operand)
+        if name and ours & set(axis.letters)
+    ]

@@ -126,9 +126,10 @@ class Chooser:
 
     def _variant(self, info: GroupInfo, kept: np.ndarray) -> Arrays:
         """Stored tensors of the network in which only this group is narrowed, its readers fitted to the original."""
-        arrays: Arrays = {}
+        silent: dict[str, np.ndarray] = {}
         if unfitted_weights(info, self.analysis, self.readers):
-            arrays |= silenced(info, self.analysis, kept)
+            silent = removed_weights(info, self.analysis, kept)
+        arrays = {name: self.analysis.graph.array(name) for name in silent}
         for reader in self.readers:
             columns = reader.columns.get(info.group.index)
             if columns is None or reader.index not in self.statistics:
@@ -139,7 +140,7 @@ class Chooser:
                 solve(s, left, w, _RIDGE) for s, w in zip(self.statistics[reader.index], reader.weights, strict=True)
             ]
             arrays |= stored_arrays(self.analysis, reader, np.stack(matrices))
-        return arrays
+        return {name: without(array, silent.get(name)) for name, array in arrays.items()}
 
     # -------------------------------------------------------------------------------------------------- sweep
 
@@ -153,10 +154,13 @@ class Chooser:
         self.choose(counts)
         pending = self._chosen_on_the_way(counts)
         arrays: Arrays = {}
+        silent: dict[str, np.ndarray] = {}
         for info in self.analysis.groups:
             if len(self.kept[info.group.index]) < info.units and unfitted_weights(info, self.analysis, self.readers):
-                for name, array in silenced(info, self.analysis, self.kept[info.group.index]).items():
-                    arrays[name] = array if name not in arrays else np.where(array == 0, array, arrays[name])
+                for name, gone in removed_weights(info, self.analysis, self.kept[info.group.index]).items():
+                    silent[name] = gone | silent.get(name, False)
+        for name, gone in silent.items():
+            arrays[name] = without(self.analysis.graph.array(name), gone)
         for group in pending:
             del self.kept[group]
         heads = {r.index for r in self.readers if not r.columns}
@@ -183,6 +187,7 @@ class Chooser:
                 fits = [refine(fits[0], *samples.arrays(), samples.saturation, left, reader.weights[0])]
             self._note(reader, fits)
             found = stored_arrays(self.analysis, reader, np.stack([f.weights for f in fits]))
+            found = {name: without(array, silent.get(name)) for name, array in found.items()}
             if all(np.isfinite(a.astype(self.analysis.graph.array(n).dtype)).all() for n, a in found.items()):
                 return found
             # the model's type cannot hold the fitted weights: the old ones stay, with zeros where units went
@@ -224,15 +229,22 @@ def stored_arrays(analysis: Analysis, reader: Reader, matrices: np.ndarray) -> A
     return arrays
 
 
-def silenced(info: GroupInfo, analysis: Analysis, kept: np.ndarray) -> Arrays:
-    """The stored weights around a group with zeros where a removed unit stands."""
+def without(array: np.ndarray, gone: np.ndarray | None) -> np.ndarray:
+    """The array with zeros where the mask says so."""
+    if gone is None:
+        return array
+    array = array.copy()
+    array[gone] = 0
+    return array
+
+
+def removed_weights(info: GroupInfo, analysis: Analysis, kept: np.ndarray) -> dict[str, np.ndarray]:
+    """Of every stored weight around a group, which elements belong to a removed unit."""
     graph = analysis.graph
-    weights = {name for layer in analysis.layers for name in (layer.weight, layer.bias)}
-    arrays: Arrays = {}
+    masks: dict[str, np.ndarray] = {}
     for axis in info.group.axes:
-        if axis.tensor in weights and graph.is_stored(axis.tensor):
-            array = arrays.get(axis.tensor, graph.array(axis.tensor)).copy()
+        if axis.tensor in analysis.weights and graph.is_stored(axis.tensor):
+            mask = masks.setdefault(axis.tensor, np.zeros(graph.stored(axis.tensor).dims, bool))
             gone = np.delete(axis.positions, kept, axis=0).ravel()
-            array[(slice(None),) * axis.axis + (gone,)] = 0
-            arrays[axis.tensor] = array
-    return arrays
+            mask[(slice(None),) * axis.axis + (gone,)] = True
+    return masks

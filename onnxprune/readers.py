@@ -54,10 +54,27 @@ def find_readers(analysis: Analysis) -> tuple[Reader, ...]:
         if in_shape[:1] != out_shape[:1]:
             continue
         unfolding = Unfolding.of(layer, weight_shape, in_shape, out_shape)
-        columns = {index: unfolding.columns(positions) for index, positions in parts}
+        columns = {}
+        for index, positions in parts:
+            slots = _slots(layer, weight_shape, positions)
+            if slots is not None:
+                columns[index] = unfolding.columns(slots)
+        if len(columns) < len(parts):
+            continue
         scale = _following_scale(analysis, layer)
         readers.append(Reader(len(readers), layer, unfolding, columns, scale, _matrices(analysis, layer)))
     return tuple(readers)
+
+
+def _slots(layer: Layer, weight_shape: tuple[int, ...], positions: np.ndarray) -> np.ndarray | None:
+    """Slots of one group's unfolded input that every unit holds; None where they differ from group to group."""
+    if layer.node.op != "ConvTranspose" or layer.group == 1:
+        return positions  # the weight's axis is that of one group
+    per_group = weight_shape[layer.weight_axis] // layer.group
+    if positions.shape[1] % layer.group:
+        return None
+    slots = np.sort(positions % per_group, axis=1).reshape(len(positions), -1, layer.group)
+    return slots[:, :, 0] if (slots == slots[:, :, :1]).all() else None
 
 
 def _columns(layer: Layer, weight_shape: tuple[int, ...]) -> int:

@@ -8,7 +8,6 @@ import numpy as np
 
 from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.errors import InputError
-from onnxprune.layers import LAYER_OPS
 from onnxprune.readers import Reader
 from onnxprune.select import Problem, Ranking, greedy, lasso, ordered
 from onnxprune.statistics import Statistics
@@ -105,5 +104,4 @@ def scales(info: GroupInfo, analysis: Analysis) -> np.ndarray:
 def unfitted_weights(info: GroupInfo, analysis: Analysis, readers: Sequence[Reader]) -> bool:
     """Whether some layer that reads the group is not among the readers, so that zeros there cannot silence it."""
     reading = {r.layer.node.label for r in readers if info.group.index in r.columns}
-    layers = {n.label for n in analysis.graph.nodes if n.op in LAYER_OPS}
-    return not (set(info.consumers) & layers) <= reading or not reading
+    return not set(info.consumers) <= reading or not reading

@@ -71,7 +71,7 @@ def measure(
     """
     graph = analysis.graph
     names = [n for n in graph.outputs if n not in graph.computed_from_constants]
-    changed = {g: sorted(options[0]) for g, options in variants.items() if options}
+    changed = {g: sorted(options[0]) for g, options in variants.items() if options and options[0]}
     first = {g: min(n.index for name in tensors for n in graph.consumers[name]) for g, tensors in changed.items()}
     order = late_order(graph, set(first.values()))
     segments = Segments(graph, order, runtime, analysis.shapes)
@@ -82,7 +82,8 @@ def measure(
     states = [dict(batches.feeds(batch)) for batch in used]
     whole = segments.piece(0, len(order), names, states[0])
     expected = [whole.run(feeds) for feeds in states]
-    results: dict[int, list[float]] = {}
+    # where nothing that is stored silences a unit, its price is not known
+    results = {g: [np.inf] * len(options) for g, options in variants.items() if options and not options[0]}
     here = 0
     samples = sum(len(batches.parts[k]) for k in used)
     for group in sorted(changed, key=lambda g: place[g]):

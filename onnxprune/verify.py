@@ -13,12 +13,10 @@ from onnxprune.errors import InternalError
 from onnxprune.graph import Graph
 from onnxprune.plan import Plan, removed_positions
 from onnxprune.probe import Feeds
-from onnxprune.rules.base import row_for
 from onnxprune.runtime import Runtime, expose
 
 _TINY = 1e-2  # tensors smaller than this all over are compared absolutely (saturated gates)
 _RANKING = frozenset({"TopK", "NonMaxSuppression", "ArgMax", "ArgMin", "NonZero"})  # a tie may fall either way
-_MOVING = frozenset({"Transpose", "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten"})
 _TOLERANCE = {"float32": 1e-4, "float64": 1e-6, "float16": 2e-2}
 
 
@@ -77,15 +75,7 @@ def prove(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, feeds: list[Feed
 def silence(analysis: Analysis, plan: Plan) -> onnx.ModelProto:
     """The original with zeros in the removed slices of the weights that make or read a removed channel."""
     graph = analysis.graph
-    weights: set[str] = set()
-    for node in graph.nodes:
-        row = row_for(node.domain, node.op, graph.opsets.get(node.domain, 1))
-        if row is not None:
-            weights.update(node.inputs[k] for k in row.weights if k < len(node.inputs))
-    for node in reversed(graph.nodes):  # a weight may reach its layer through operators that only move it
-        if node.op in _MOVING and set(node.outputs) & weights and set(node.outputs) <= graph.computed_from_constants:
-            weights.update(node.inputs)
-    removed = {axis: gone for axis, gone in removed_positions(analysis, plan).items() if axis[0] in weights}
+    removed = {axis: gone for axis, gone in removed_positions(analysis, plan).items() if axis[0] in analysis.weights}
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     stored = {t.name: t for t in model.graph.initializer}

@@ -14,7 +14,7 @@ from onnxprune import calibrate
 from onnxprune.analysis import Analysis
 from onnxprune.calibrate import Arrays, Batches, Sweep, batch_size, collect
 from onnxprune.data import Calibration, load_calibration
-from onnxprune.pipeline import silenced, stored_arrays
+from onnxprune.pipeline import removed_weights, stored_arrays, without
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers
 from onnxprune.reconstruct import fit, solve
@@ -437,7 +437,8 @@ def test_a_closed_scale_is_not_compensated_through() -> None:
 def test_what_is_changed_from_the_start_is_part_of_the_pruned_network() -> None:
     case = case_of("residual")
     info = next(i for i in case.analysis.groups if i.name == "stem")
-    start = silenced(info, case.analysis, np.array([0, 2]))
+    masks = removed_weights(info, case.analysis, np.array([0, 2]))
+    start = {name: without(case.analysis.graph.array(name), gone) for name, gone in masks.items()}
     visits = []
 
     def fitter(reader: Reader, folds: list[list[Statistics]], now: Arrays) -> Arrays:
