@@ -33,7 +33,8 @@ def prune_one(path: Path, judge: Path | None) -> dict[str, Any]:
     import onnx
     import onnxruntime as ort
 
-    from onnxprune.analysis import CostModel, analyse
+    from onnxprune.analysis import analyse
+    from onnxprune.costs import CostModel
     from onnxprune.graph import Graph, read_model
     from onnxprune.groups import Seed
     from onnxprune.normalise import normalise
@@ -77,7 +78,7 @@ def prune_one(path: Path, judge: Path | None) -> dict[str, Any]:
     best, shares = 1.0, np.linspace(0.95, 0.0, 96)
     share = 0.0
     for share in shares:
-        best = analysis.macs / cost.macs(counts(share)) if len(units) else 1.0
+        best = analysis.macs / cost.total(counts(share)) if len(units) else 1.0
         if best >= TARGET:
             break
     rng = np.random.default_rng(0)

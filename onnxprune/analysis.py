@@ -73,16 +73,15 @@ class Analysis:
     @cached_property
     def macs(self) -> float:
         """Multiply-accumulates of the whole model at the nominal shapes."""
-        return CostModel(self).macs(np.array([g.units for g in self.groups]))
+        return sum(term.at(self.nominal) for term in self.terms)
 
     @cached_property
     def prunable_macs(self) -> float:
         """Share of the multiply-accumulates in layers of which at least one channel axis may shrink."""
         free = {(axis.tensor, axis.axis) for g in self.groups for axis in g.group.axes}
-        cost = CostModel(self)
-        each = cost.per_term(np.array([g.units for g in self.groups]))
         able = {term.index for term in self.terms if any(axis in free for axis in term.axes)}
-        return float(each[[term.index in able for term in self.terms]].sum() / each.sum()) if each.sum() else 0.0
+        share = sum(term.at(self.nominal) for term in self.terms if term.index in able)
+        return share / self.macs if self.macs else 0.0
 
 
 def view(node: Node, graph: Graph, shapes: Shapes, which: int = 0) -> OpView:
@@ -214,7 +213,7 @@ def analyse(
     terms = tuple(term for node in graph.nodes for term in mac_terms(node, nominal))
     weights: dict[AxisId, float] = {}
     for term in terms:
-        macs = term.coefficient * float(np.prod([_size(nominal, a) for a in term.axes]))
+        macs = term.at(nominal)
         for place in term.axes:
             if place[0] in known:
                 weights[place] = weights.get(place, 0.0) + macs
@@ -222,11 +221,6 @@ def analyse(
     layers = tuple(layer for node in graph.nodes if (layer := layer_of(node, graph)) is not None)
     groups = _named(coupling, graph, statements)
     return Analysis(graph, shapes, statements, groups, _frozen(coupling, graph, terms, nominal), terms, layers, nominal)
-
-
-def _size(shapes: Shapes, axis: AxisId) -> int:
-    shape = shapes.shape(axis[0])
-    return shape[axis[1]] if shape is not None else 1
 
 
 def _named(coupling: Coupling, graph: Graph, statements: tuple[Statement, ...]) -> tuple[GroupInfo, ...]:
@@ -266,8 +260,7 @@ def _frozen(coupling: Coupling, graph: Graph, terms: tuple[MacTerm, ...], nomina
     macs: dict[int, float] = {}
     held: dict[Seed, tuple[int, dict[int, str]]] = {}
     for term in terms:
-        each = term.coefficient * float(np.prod([_size(nominal, a) for a in term.axes]))
-        macs[term.index] = macs.get(term.index, 0.0) + each
+        macs[term.index] = macs.get(term.index, 0.0) + term.at(nominal)
         for axis in term.axes:
             seed, count = coupling.frozen.get(axis, (None, 0))
             if seed not in channels or seed.reason in _NO_CHANNELS or (seed.tensor in inputs and seed.axis == 0):
@@ -278,56 +271,3 @@ def _frozen(coupling: Coupling, graph: Graph, terms: tuple[MacTerm, ...], nomina
         Frozen(s.reason, s.node, s.op, s.tensor, s.axis, count, tuple(nodes.values()), sum(macs[k] for k in nodes))
         for s, (count, nodes) in held.items()
     )
-
-
-class CostModel:
-    """Multiply-accumulates as a function of the number of units that every group keeps."""
-
-    def __init__(self, analysis: Analysis) -> None:
-        groups = [g.group for g in analysis.groups]
-        index: dict[AxisId, int] = {}
-        for group in groups:
-            for axis in group.axes:
-                index.setdefault((axis.tensor, axis.axis), len(index))
-        self.slope = np.zeros((len(index) + 1, len(groups)))  # positions per unit, by axis and group
-        self.base = np.ones(len(index) + 1)  # positions that always stay; the last row is the constant one
-        sizes = {axis: _size(analysis.nominal, axis) for axis in index}
-        for group in groups:
-            for axis in group.axes:
-                self.slope[index[axis.tensor, axis.axis], group.index] += axis.positions.shape[1]
-        units = np.array([g.units for g in groups], dtype=np.float64)
-        for place, row in index.items():
-            self.base[row] = sizes[place] - self.slope[row] @ units
-        self.coefficient = np.array([self._fixed(t, analysis, index) for t in analysis.terms])
-        depth = max((len(t.axes) for t in analysis.terms), default=0)
-        none = len(index)
-        self.rows = np.full((len(analysis.terms), depth), none)
-        for k, term in enumerate(analysis.terms):
-            for j, place in enumerate(term.axes):
-                self.rows[k, j] = index.get(place, none)
-
-    @staticmethod
-    def _fixed(term: MacTerm, analysis: Analysis, index: dict[AxisId, int]) -> float:
-        return term.coefficient * float(np.prod([_size(analysis.nominal, a) for a in term.axes if a not in index]))
-
-    def per_term(self, kept: np.ndarray) -> np.ndarray:
-        """Multiply-accumulates of every layer for these kept counts, shape (groups,)."""
-        sizes = self.base + self.slope @ np.asarray(kept, dtype=np.float64)
-        result: np.ndarray = self.coefficient * sizes[self.rows].prod(axis=1)
-        return result
-
-    def along(self, kept: np.ndarray, group: int, candidates: np.ndarray) -> np.ndarray:
-        """Multiply-accumulates of the whole model as one group's count runs over the candidates."""
-        kept = np.asarray(kept, dtype=np.float64)
-        sizes = self.base + self.slope @ kept
-        moved = self.slope[:, group] != 0
-        touched = moved[self.rows].any(axis=1)
-        rest = float((self.coefficient[~touched] * sizes[self.rows[~touched]].prod(axis=1)).sum())
-        shift = self.slope[:, group] * (np.asarray(candidates, dtype=np.float64)[:, None] - kept[group])
-        varied = (sizes + shift)[:, self.rows[touched]].prod(axis=2)
-        result: np.ndarray = rest + varied @ self.coefficient[touched]
-        return result
-
-    def macs(self, kept: np.ndarray) -> float:
-        """Multiply-accumulates of the whole model for these kept counts."""
-        return float(self.per_term(kept).sum())

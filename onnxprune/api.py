@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-from onnxprune.analysis import Analysis, CostModel, analyse
+from onnxprune.analysis import Analysis, analyse
 from onnxprune.biases import add_biases, drop_biases
 from onnxprune.compare import compare, measure_fidelity
-from onnxprune.cost import measure_latency, params
-from onnxprune.counting import count_model_macs, nominal_shapes
+from onnxprune.cost import Latency, measure_latency, params
+from onnxprune.costs import CostModel
+from onnxprune.counting import count_model_macs, count_peak_memory, nominal_shapes
 from onnxprune.data import Calibration, Preprocessing, load_calibration
-from onnxprune.errors import InputError, InternalError, UnreachableTarget
+from onnxprune.errors import InputError, InternalError
 from onnxprune.graph import Graph, digest, read_model, write_bytes
 from onnxprune.groups import Seed
 from onnxprune.normalise import normalise
@@ -37,6 +38,7 @@ from onnxprune.report import (
 from onnxprune.rewrite import CannotRepair, rewrite
 from onnxprune.runtime import Runtime
 from onnxprune.selection import FROM_ACTIVATIONS, METHODS
+from onnxprune.targets import UNITS, Wanted, counted_costs, limits, widths
 from onnxprune.verify import prove
 
 __all__ = ["Inspection", "Result", "analyze", "compare", "count_model_macs", "prune"]
@@ -80,6 +82,10 @@ def prune(
     model: str | Path | onnx.ModelProto,
     *,
     speedup: float = 2.0,
+    by: str = "macs",
+    max_macs: float | None = None,
+    max_params: float | None = None,
+    max_memory: float | None = None,
     data: object = None,
     samples: int | None = None,
     batch_size: int | None = None,
@@ -94,11 +100,16 @@ def prune(
     preprocessing: Preprocessing | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Make a smaller dense model that costs 1 / ``speedup`` of the multiply-accumulates and computes nearly the same.
+    """Make a smaller dense model that costs 1 / ``speedup`` of the original and computes nearly the same.
 
     Args:
         model: a file, or the model itself.
-        speedup: multiply-accumulates before / after, counted on the model that comes out.
+        speedup: cost before / after, counted on the model that comes out.
+        by: what cost is: macs (multiply-accumulates), params (stored floating-point numbers), memory (the most bytes
+            of activations that are alive at once).
+        max_macs: at most so many may be left, besides.
+        max_params: the same of parameters.
+        max_memory: the same of the peak of the activations' bytes.
         data: calibration data (see `onnxprune.data`); nothing means a neighbour of the file, or random data.
         samples: how many of them to use.
         batch_size: samples per run; chosen by memory if not given.
@@ -118,7 +129,9 @@ def prune(
         UnreachableTarget: the speed-up cannot be reached and ``best_effort`` is not given.
         InternalError: the proof failed.
     """
-    _check_options(speedup, select, samples, batch_size)
+    most = {"macs": max_macs, "params": max_params, "memory": max_memory}
+    wanted = Wanted(speedup, by, {name: value for name, value in most.items() if value is not None})
+    _check_options(select, samples, batch_size)
     progress = progress or Progress()
     runtime = Runtime(provider, threads)
     with progress.stage("load"):
@@ -144,8 +157,11 @@ def prune(
     with progress.stage("groups"):
         prepared = _prepare(graph, runtime, calibration, reconstruct, only, exclude)
     analysis = prepared.analysis
-    cost = CostModel(analysis)
-    limit, floors = _target(analysis, cost, speedup, best_effort)
+    batch = calibration.feeds([0])
+    before = _measures(original, batch)
+    costs = counted_costs(analysis, {by, *wanted.most}, prepared.copies)
+    choices = widths(analysis)
+    budget = limits(analysis, wanted, costs, before.counted(), choices, best_effort)
     warnings = list(calibration.warnings)
     if len(calibration) < _FEWEST_TO_SPLIT:
         warnings.append(
@@ -156,7 +172,7 @@ def prune(
     if uses_data:
         chooser.collect()
     chooser.rank()
-    counts = chooser.allocate(limit, floors, measured=uses_data)
+    counts = chooser.allocate(budget, choices, measured=uses_data)
     arrays: Mapping[str, np.ndarray] = {}
     if reconstruct:
         arrays = chooser.sweep(counts)
@@ -173,21 +189,17 @@ def prune(
         drop_biases(pruned, spare)
         _check_written(pruned, original)
     with progress.stage("measure"):
-        batch = calibration.feeds([0])
         times = measure_latency([original, pruned], batch, runtime)
         fidelity = measure_fidelity(original, pruned, held_out, batch_size or 32, runtime)
-        before, after = (
-            Measures(count_model_macs(m, batch), params(m), m.ByteSize(), latency)
-            for m, latency in zip((original, pruned), times, strict=True)
-        )
-    ratio = Achieved.of(before, after).macs
-    if not speedup * (1 - 1e-9) <= ratio <= speedup * SLACK:
-        warnings.append(f"asked for {speedup:g}x the speed in MACs, counted {ratio:.3g}x: the widths allow no closer")
+        before, after = replace(before, latency_ms=times[0]), _measures(pruned, batch, times[1])
+        achieved = Achieved.of(before, after)
+    warnings += _misses(wanted, achieved, after)
     report = Report(
-        target=Target(speedup),
+        target=Target(wanted.speedup, wanted.by),
+        limits=wanted.most,
         before=before,
         after=after,
-        achieved=Achieved.of(before, after),
+        achieved=achieved,
         groups=tuple(
             GroupEntry(
                 g.name, g.units, len(plan.kept[g.name]), g.producers, g.consumers, chooser.errors.get(g.group.index)
@@ -231,7 +243,7 @@ def analyze(
         calibration = load_calibration(data, graph.inputs, samples=4, preprocessing=preprocessing or Preprocessing())
     analysis = _prepare(graph, runtime, calibration, False, only, exclude).analysis
     cost = CostModel(analysis)
-    least = cost.macs(np.ones(len(analysis.groups)))
+    least = cost.total(np.ones(len(analysis.groups)))
     return Inspection(analysis, analysis.macs / least if least else float("inf"))
 
 
@@ -245,9 +257,7 @@ class _Prepared:
     biases: tuple[str, ...]
 
 
-def _check_options(speedup: float, select: str, samples: int | None, batch_size: int | None) -> None:
-    if not isinstance(speedup, int | float) or not np.isfinite(speedup) or speedup <= 1:
-        raise InputError(f"expected a speed-up above 1, found {speedup}; try --speedup 2")
+def _check_options(select: str, samples: int | None, batch_size: int | None) -> None:
     if select not in METHODS:
         raise InputError(f"unknown selection {select!r}; expected one of {', '.join(METHODS)}")
     for name, value in (("samples", samples), ("batch size", batch_size)):
@@ -300,25 +310,24 @@ def _prepare(
             seeds += more
 
 
-def _target(analysis: Analysis, cost: CostModel, speedup: float, best_effort: bool) -> tuple[float, list[int]]:
-    """The most multiply-accumulates that may be left, and the fewest units per group."""
-    units = np.array([g.units for g in analysis.groups])
-    full, least = cost.macs(units), cost.macs(np.ones(len(units)))
-    if not len(units) or not full or full / least < speedup:
-        reachable = full / least if len(units) and least else 1.0
-        blocking = max(analysis.frozen, key=lambda f: f.macs, default=None)
-        why = ""
-        if blocking is not None:
-            at = f" at node {blocking.node!r} ({blocking.op})" if blocking.node else f" ({blocking.tensor!r})"
-            why = f"; most is held back by: {blocking.reason}{at}"
-        if not best_effort or reachable <= 1.0:
-            raise UnreachableTarget(
-                f"a speed-up of {speedup:g} cannot be reached; the largest for this model is {reachable:.3g}{why}"
-                " (see onnxprune inspect; --best-effort goes as far as possible)",
-                reachable,
-            )
-        speedup = reachable
-    return full / speedup, [1] * len(units)
+def _measures(model: onnx.ModelProto, batch: Mapping[str, np.ndarray], latency: Latency | None = None) -> Measures:
+    macs, memory = count_model_macs(model, batch), count_peak_memory(model, batch)
+    return Measures(macs, params(model), model.ByteSize(), latency, memory)
+
+
+def _misses(wanted: Wanted, achieved: Achieved, after: Measures) -> list[str]:
+    """What was asked for and not met on the files."""
+    found = []
+    ratio, unit = achieved.of_unit(wanted.by), UNITS[wanted.by]
+    tight = not wanted.most  # another limit may ask for more than the ratio does
+    if ratio is not None and not (
+        wanted.speedup * (1 - 1e-9) <= ratio and (ratio <= wanted.speedup * SLACK or not tight)
+    ):
+        found.append(f"asked for {wanted.speedup:g}x in {unit}, counted {ratio:.3g}x: the widths allow no closer")
+    for name, most in wanted.most.items():
+        if after.counted()[name] > most:
+            found.append(f"asked for at most {most:g} {UNITS[name]}, counted {after.counted()[name]:g}")
+    return found
 
 
 def _check_written(model: onnx.ModelProto, original: onnx.ModelProto) -> None:

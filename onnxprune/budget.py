@@ -11,7 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxprune.analysis import CostModel
+from onnxprune.costs import Cost, Several
+
+_SHARINGS = 12  # of a price among several limits
+_SHARPNESS = 2.0  # with which price moves to the scarcest
 
 
 def interpolate(units: int, levels: Sequence[int], measured: Sequence[float], errors: np.ndarray) -> np.ndarray:
@@ -44,37 +47,72 @@ def interpolate(units: int, levels: Sequence[int], measured: Sequence[float], er
     return result
 
 
-def allocate(curves: Sequence[np.ndarray], cost: CostModel, limit: float, floors: Sequence[int]) -> np.ndarray:
+def allocate(
+    curves: Sequence[np.ndarray], cost: Cost, limit: float, choices: Sequence[np.ndarray] | None = None
+) -> np.ndarray:
     """Kept counts with the least total error among those that cost at most ``limit``.
 
     Args:
         curves: per group, (units + 1,) the error for every kept count.
-        cost: multiply-accumulates of kept counts.
-        limit: of the cost.
-        floors: the fewest units that every group may keep.
+        cost: of kept counts.
+        limit: of the cost, in its unit.
+        choices: per group the kept counts to choose from, ascending; all of them from one on, unless given.
 
     Returns:
-        (groups,) kept counts; the floors where even they cost more.
+        (groups,) kept counts; the fewest where even they cost more.
     """
     curves = [_finite(curve) for curve in curves]
+    choices = choices or every_count([len(curve) - 1 for curve in curves])
     low, high = 0.0, 1.0
-    best = np.asarray(floors, dtype=np.int64).copy()
-    scale = max(max((float(c[f]) for c, f in zip(curves, floors, strict=True)), default=1.0), 1e-12) / max(limit, 1.0)
-    start = np.array([len(c) - 1 for c in curves], dtype=np.int64)
+    best = np.array([c[0] for c in choices], dtype=np.int64)
+    steepest = max((float(curve[c[0]]) for curve, c in zip(curves, choices, strict=True)), default=1.0)
+    scale = max(steepest, 1e-12) / (limit if limit > 0 else 1.0)
+    start = np.array([c[-1] for c in choices], dtype=np.int64)
     while high < 2.0**40:
-        found = _descend(curves, cost, high * scale, floors, start)
-        if cost.macs(found) <= limit:
+        found = _descend(curves, cost, high * scale, choices, start)
+        if cost.total(found) <= limit:
             best = found
             break
         low, high = high, high * 4.0
     for _ in range(40):
         middle = (low + high) / 2.0
-        found = _descend(curves, cost, middle * scale, floors, start)
-        if cost.macs(found) <= limit:
+        found = _descend(curves, cost, middle * scale, choices, start)
+        if cost.total(found) <= limit:
             high, best = middle, found
         else:
             low = middle
-    return _fill(best, curves, cost, limit)
+    return _fill(best, curves, cost, limit, choices)
+
+
+def allocate_within(
+    curves: Sequence[np.ndarray],
+    costs: Sequence[Cost],
+    limits: Sequence[float],
+    choices: Sequence[np.ndarray] | None = None,
+) -> np.ndarray:
+    """`allocate` under several limits at once.
+
+    The price is shared out among the costs, and moved from those that are met with room to spare to the scarcest; of
+    all shares tried, the one with the least error counts.
+    """
+    if len(costs) == 1:
+        return allocate(curves, costs[0], limits[0], choices)
+    weights = np.ones(len(costs))
+    best, least = np.empty(0, np.int64), (True, np.inf)
+    for _ in range(_SHARINGS):
+        several = Several(costs, limits, weights.tolist())
+        kept = allocate(curves, several, 1.0, choices)
+        shares = several.shares(kept)
+        error = sum(float(_finite(curve)[k]) for curve, k in zip(curves, kept, strict=True))
+        if not best.size or (bool(shares.max() > 1.0), error) < least:
+            best, least = kept, (bool(shares.max() > 1.0), error)
+        weights = weights * (shares / shares.max()) ** _SHARPNESS
+    return best
+
+
+def every_count(units: Sequence[int]) -> list[np.ndarray]:
+    """All kept counts of every group, none of them empty."""
+    return [np.arange(1, n + 1) for n in units]
 
 
 def _finite(curve: np.ndarray) -> np.ndarray:
@@ -86,15 +124,14 @@ def _finite(curve: np.ndarray) -> np.ndarray:
 
 
 def _descend(
-    curves: Sequence[np.ndarray], cost: CostModel, price: float, floors: Sequence[int], start: np.ndarray
+    curves: Sequence[np.ndarray], cost: Cost, price: float, choices: Sequence[np.ndarray], start: np.ndarray
 ) -> np.ndarray:
     """Minimise error + price * cost one group at a time, until nothing moves."""
     kept = start.copy()
     for _ in range(20):
         before = kept.copy()
-        for g, curve in enumerate(curves):
-            candidates = np.arange(floors[g], len(curve))
-            total = curve[candidates] + price * cost.along(kept, g, candidates)
+        for g, (curve, candidates) in enumerate(zip(curves, choices, strict=True)):
+            total = curve[candidates] + price * cost.pressure(kept, g, candidates)
             # of equals the widest: what costs nothing is not cut
             kept[g] = candidates[len(total) - 1 - int(np.argmin(total[::-1]))]
         if (kept == before).all():
@@ -103,55 +140,76 @@ def _descend(
 
 
 def _fill(
-    kept: np.ndarray, curves: Sequence[np.ndarray], cost: CostModel, limit: float, most: np.ndarray | None = None
+    kept: np.ndarray,
+    curves: Sequence[np.ndarray],
+    cost: Cost,
+    limit: float,
+    choices: Sequence[np.ndarray],
+    steps: int | None = None,
 ) -> np.ndarray:
-    """Give units back, the most useful per cost first, as long as they fit and no group gets more than ``most``."""
+    """Give units back, the most useful per cost first, as long as they fit; at most ``steps`` choices per group."""
     kept = kept.copy()
-    top = np.array([len(curve) - 1 for curve in curves]) if most is None else most
+    places = np.array([int(np.searchsorted(c, k)) for c, k in zip(choices, kept, strict=True)], dtype=np.int64)
+    top = np.array([len(c) - 1 for c in choices], dtype=np.int64)
+    top = top if steps is None else np.minimum(top, places + steps)
     while True:
-        now, best, gain = cost.macs(kept), -1, -1.0
+        now, best, gain = cost.total(kept), -1, -1.0
         for g, curve in enumerate(curves):
-            if kept[g] < min(top[g], len(curve) - 1):
-                price = float(cost.along(kept, g, np.array([kept[g] + 1]))[0]) - now
-                if now + price <= limit:
-                    value = float(curve[kept[g]] - curve[kept[g] + 1]) / max(price, 1e-9)
-                    if value > gain:
-                        best, gain = g, value
+            if places[g] < top[g]:
+                wider = choices[g][places[g] + 1 : top[g] + 1]
+                costs = cost.along(kept, g, wider)
+                # as far as the next that costs more, for beyond a step the rest of it is free
+                value = (curve[kept[g]] - curve[wider]) / np.maximum(costs - now, 1e-12 * max(abs(now), 1e-300))
+                value[costs > limit] = -1.0
+                k = len(value) - 1 - int(np.argmax(value[::-1]))
+                if value[k] > gain and costs[k] <= limit:
+                    best, gain, place = g, float(value[k]), int(places[g]) + 1 + k
         if best < 0:
             return kept
-        kept[best] += 1
+        places[best] = place
+        kept[best] = choices[best][place]
 
 
-def uniform(units: Sequence[int], cost: CostModel, limit: float, floors: Sequence[int]) -> np.ndarray:
+def _snap(counts: np.ndarray, choices: Sequence[np.ndarray]) -> np.ndarray:
+    """The largest choice at or below every count; the smallest where there is none."""
+    places = [max(int(np.searchsorted(c, n, side="right")) - 1, 0) for c, n in zip(choices, counts, strict=True)]
+    return np.array([c[k] for c, k in zip(choices, places, strict=True)], dtype=np.int64)
+
+
+def uniform(units: Sequence[int], cost: Cost, limit: float, choices: Sequence[np.ndarray] | None = None) -> np.ndarray:
     """The same share of every group, as large as the limit allows."""
-    sizes, least = np.asarray(units), np.asarray(floors)
+    sizes = np.asarray(units)
+    choices = choices or every_count(units)
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2.0
-        fits = cost.macs(np.maximum(np.round(sizes * middle), least)) <= limit
+        fits = cost.total(_snap(np.round(sizes * middle), choices)) <= limit
         low, high = (middle, high) if fits else (low, middle)
-    kept: np.ndarray = np.maximum(np.round(sizes * low), least).astype(np.int64)
+    kept = _snap(np.round(sizes * low), choices)
     # what rounding leaves over goes round, to each group once at a time, so that the shares stay alike
     even = [np.linspace(1.0, 0.0, n + 1) for n in units]
     while True:
-        more = _fill(kept, even, cost, limit, kept + 1)
+        more = _fill(kept, even, cost, limit, choices, 1)
         if (more == kept).all():
             return kept
         kept = more
 
 
-def global_threshold(scores: Sequence[np.ndarray], cost: CostModel, limit: float, floors: Sequence[int]) -> np.ndarray:
+def global_threshold(
+    scores: Sequence[np.ndarray], cost: Cost, limit: float, choices: Sequence[np.ndarray] | None = None
+) -> np.ndarray:
     """One threshold on the scores of all groups together (Liu et al. 2017), as low as the limit allows."""
+    choices = choices or every_count([len(s) for s in scores])
     values = np.unique(np.concatenate(list(scores)))
     low, high = 0, len(values)
 
     def counts(step: int) -> np.ndarray:
         bar = values[step] if step < len(values) else np.inf
-        return np.array([max(int((s >= bar).sum()), f) for s, f in zip(scores, floors, strict=True)])
+        return _snap(np.array([int((s >= bar).sum()) for s in scores]), choices)
 
     while low < high:
         middle = (low + high) // 2
-        if cost.macs(counts(middle)) <= limit:
+        if cost.total(counts(middle)) <= limit:
             high = middle
         else:
             low = middle + 1

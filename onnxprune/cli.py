@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnxprune.progress import Progress
 
 PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "coreml", "dml")
+BUDGETS = ("macs", "params", "memory")
 SELECTIONS = ("greedy", "lasso", "l1", "slimming", "random")
 INTERRUPTED = 130
 
@@ -56,6 +57,16 @@ def _ratio(value: object) -> float:
         if 1 < number < math.inf:
             return number
     raise click.BadParameter(f"expected a finite number above 1, found '{value}'; try 2.")
+
+
+def _count(value: object) -> float:
+    text = str(value).strip()
+    factor = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:].replace("K", "k"), 1.0)
+    with contextlib.suppress(ValueError):
+        number = float(text if factor == 1.0 else text[:-1]) * factor
+        if 0 < number < math.inf:
+            return number
+    raise click.BadParameter(f"expected a number above 0 such as 5M, found '{value}'.")
 
 
 def _fraction(text: str) -> float:
@@ -139,7 +150,16 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model", type=_FILE)
-@click.option("--speedup", type=_ratio, default=2.0, metavar="X", help="MACs before / MACs after (default 2).")
+@click.option("--speedup", type=_ratio, default=2.0, metavar="X", help="Cost before / cost after (default 2).")
+@click.option(
+    "--by",
+    type=click.Choice(BUDGETS),
+    default="macs",
+    help="What cost is: macs, params (stored numbers), memory (peak bytes of activations). Default macs.",
+)
+@click.option("--max-macs", type=_count, metavar="N", help="At most N MACs, besides (5M is five million).")
+@click.option("--max-params", type=_count, metavar="N", help="At most N parameters, besides.")
+@click.option("--max-memory", type=_count, metavar="BYTES", help="At most so many bytes of activations, besides.")
 @click.option("-o", "--output", type=_FILE, metavar="FILE", help="Default: MODEL.pruned.onnx beside the model.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--report", "report_path", type=_FILE, metavar="FILE.json", help="Write the report here.")

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a model as it stands, counted on its graph at concrete shapes."""
+"""Multiply-accumulates and memory of a model as it stands, counted on its graph at concrete shapes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
+from onnxprune.analysis import Analysis
+from onnxprune.costs import PeakMemory
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph
 from onnxprune.macs import mac_terms
@@ -36,12 +38,18 @@ def count_model_macs(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | No
 
     Functions and branches that do not depend on the input are counted as what they stand for.
     """
+    return round(_bare(model, data).macs)
+
+
+def count_peak_memory(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None = None) -> int:
+    """The most bytes of activations that are alive at once (see `PeakMemory`), for one sample or for the data given."""
+    return round(PeakMemory(_bare(model, data)).total(np.zeros(0)))
+
+
+def _bare(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None) -> Analysis:
+    """The model as it stands, without groups."""
     runtime = Runtime("cpu", 0)
     graph = Graph(normalise(Graph(model), runtime)[0])
-    nominal = nominal_shapes(graph, runtime, data)
-    total = 0.0
-    for node in graph.nodes:
-        for term in mac_terms(node, nominal):
-            sizes = [(nominal.shape(name) or ())[axis] for name, axis in term.axes]
-            total += term.coefficient * float(np.prod(sizes))
-    return round(total)
+    shapes = nominal_shapes(graph, runtime, data)
+    terms = tuple(term for node in graph.nodes for term in mac_terms(node, shapes))
+    return Analysis(graph, shapes, (), (), (), terms, (), shapes)

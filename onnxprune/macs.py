@@ -29,6 +29,10 @@ class MacTerm:
     coefficient: float
     axes: tuple[AxisId, ...]
 
+    def at(self, shapes: Shapes) -> float:
+        """Its value at these shapes."""
+        return self.coefficient * float(np.prod([shapes.size(*axis) for axis in self.axes]))
+
 
 Part = tuple[float, tuple[AxisId, ...]]  # a coefficient, and axes whose sizes it is multiplied by
 Count = Callable[[Node, Callable[[int], Shape], Shape], list[Part]]  # of a node, its inputs' shapes, its output's shape

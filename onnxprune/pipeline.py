@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnxprune import budget
-from onnxprune.analysis import Analysis, CostModel, GroupInfo
+from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.calibrate import Arrays, Batches, Sweep, batch_size, collect
+from onnxprune.costs import Several
 from onnxprune.data import Calibration
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers
@@ -20,6 +21,7 @@ from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unf
 from onnxprune.sensitivity import measure
 from onnxprune.statistics import Statistics
 from onnxprune.surroundings import Samples
+from onnxprune.targets import Limit
 from onnxprune.unfold import from_matrices
 
 LEVELS = (0.85, 0.7, 0.55, 0.4, 0.25, 0.1)  # kept shares at which a group's loss is measured
@@ -47,6 +49,7 @@ class Chooser:
     rankings: list[Ranking] = field(default_factory=list)
     kept: dict[int, np.ndarray] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
+    priced: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.method == "slimming":  # refused at once, rather than after a pass over the data
@@ -57,7 +60,6 @@ class Chooser:
         count = 8 * len(self.data) // max(len(self.analysis.groups) * len(LEVELS), 1)
         count = min(max(count, FEWEST_SENSITIVITY_SAMPLES), MOST_SENSITIVITY_SAMPLES, len(self.data) // 2)
         self.first, self.pricing = self.data.split(count) if count else (self.data, self.data)
-        self.cost = CostModel(self.analysis)
 
     # ------------------------------------------------------------------------------------ statistics and ranks
 
@@ -93,15 +95,21 @@ class Chooser:
 
     # ------------------------------------------------------------------------------------------------- budget
 
-    def allocate(self, limit: float, floors: Sequence[int], measured: bool) -> np.ndarray:
-        """Kept counts that cost at most ``limit``: by measured damage, or the same share of every group."""
+    def allocate(self, limits: Sequence[Limit], choices: Sequence[np.ndarray], measured: bool) -> np.ndarray:
+        """Kept counts within the limits: by measured damage, or the same share of every group.
+
+        May be asked again with other limits; the damage is measured once.
+        """
         units = [g.units for g in self.analysis.groups]
+        costs, most = [each.cost for each in limits], [each.limit for each in limits]
+        together = Several(costs, most, [1.0] * len(costs))
         if self.method == "slimming":
             scores = [scales(info, self.analysis) for info in self.analysis.groups]
-            return budget.global_threshold(scores, self.cost, limit, floors)
+            return budget.global_threshold(scores, together, 1.0, choices)
         if not measured:
-            return budget.uniform(units, self.cost, limit, floors)
-        return budget.allocate(self.curves(), self.cost, limit, floors)
+            return budget.uniform(units, together, 1.0, choices)
+        self.priced = self.priced or self.curves()
+        return budget.allocate_within(self.priced, costs, most, choices)
 
     def curves(self) -> list[np.ndarray]:
         """Per group the damage to the output for every kept count."""

@@ -55,11 +55,12 @@ _OTHERS = (7, 24, 50, 77, 100, 256, 400, 512, 1000, 2048, 4096, 16000, 48000)
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """One run of the model: the feeds, the shape of every tensor, and the values of the short ones."""
+    """One run of the model: the feeds, the shape and ONNX type of every tensor, and the values of the short ones."""
 
     feeds: Feeds
     shapes: Mapping[str, tuple[int, ...]]
     values: Mapping[str, np.ndarray]
+    types: Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,11 @@ class Shapes:
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The tensor's shape at the first probe; None where it never came to be."""
         return self.probes[0].shapes.get(name)
+
+    def size(self, name: str, axis: int) -> int:
+        """Size of an axis at the first probe; one where the tensor never came to be."""
+        shape = self.shape(name)
+        return shape[axis] if shape is not None else 1
 
     def sizes(self, name: str) -> list[list[int]]:
         """Per axis the size at each probe."""
@@ -309,14 +315,17 @@ class _Prober:
         given = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in feeds.items()}
         shapes = {name: tuple(array.shape) for name, array in feeds.items()}
         shapes |= {name: tuple(t.dims) for name in self.graph.stored_names() for t in (self.graph.stored(name),)}
+        types = {name: int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in feeds.items()}
+        types |= {name: self.graph.stored(name).data_type for name in self.graph.stored_names()}
         values: dict[str, np.ndarray] = {}
         for name, value in self._values(given):
             if value is None or not value.has_value() or not value.is_tensor():
                 continue
             shapes[name] = tuple(value.shape())
+            types[name] = value.element_type()
             if int(np.prod(shapes[name], dtype=np.int64)) <= _KEEP_VALUES and value.element_type() in _READABLE:
                 values[name] = value.numpy()
-        return Probe(feeds, shapes, values)
+        return Probe(feeds, shapes, values, types)
 
     def _values(self, given: Mapping[str, ort.OrtValue]) -> Iterator[tuple[str, ort.OrtValue]]:
         for start in range(0, len(self.names), max(self.slice, 1)):

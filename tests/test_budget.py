@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
@@ -13,8 +13,9 @@ from builder import RUNTIME, Builder, analysed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxprune.analysis import Analysis, CostModel, analyse
+from onnxprune.analysis import Analysis, analyse
 from onnxprune.budget import allocate, global_threshold, interpolate, uniform
+from onnxprune.costs import CostModel
 from onnxprune.counting import count_model_macs, nominal_shapes
 from onnxprune.graph import Graph
 from onnxprune.normalise import normalise
@@ -98,7 +99,7 @@ def plan_of(analysis: Analysis, counts: np.ndarray, seed: int = 0) -> Plan:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_original_costs_what_is_counted_on_it(name: str) -> None:
     analysis = prepared(name)[0]
-    assert CostModel(analysis).macs(units_of(analysis)) == count_model_macs(MODELS[name]()) == analysis.macs
+    assert CostModel(analysis).total(units_of(analysis)) == count_model_macs(MODELS[name]()) == analysis.macs
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,7 +108,7 @@ def test_any_kept_counts_cost_what_is_counted_on_the_rewritten_model(name: str, 
     analysis, copies = prepared(name)
     counts = np.random.default_rng(seed).integers(1, units_of(analysis) + 1)
     new = rewrite(analysis, plan_of(analysis, counts, seed), copies=copies)
-    assert CostModel(analysis).macs(counts) == count_model_macs(new)
+    assert CostModel(analysis).total(counts) == count_model_macs(new)
 
 
 def test_a_dynamic_batch_is_counted_as_one_sample() -> None:
@@ -116,8 +117,8 @@ def test_a_dynamic_batch_is_counted_as_one_sample() -> None:
     graph = Graph(plain)
     analysis = analyse(graph, probe(graph, RUNTIME), nominal_shapes(graph, RUNTIME, None))
     counts = units_of(analysis) // 2
-    assert CostModel(analysis).macs(units_of(analysis)) == count_model_macs(vgg(1))
-    assert CostModel(analysis).macs(counts) == count_model_macs(rewrite(analysis, plan_of(analysis, counts)))
+    assert CostModel(analysis).total(units_of(analysis)) == count_model_macs(vgg(1))
+    assert CostModel(analysis).total(counts) == count_model_macs(rewrite(analysis, plan_of(analysis, counts)))
 
 
 def test_a_known_cost() -> None:
@@ -125,7 +126,7 @@ def test_a_known_cost() -> None:
     x = g.conv(g.input("x", [1, 3, 8, 8]), 4)
     analysis = analysed(g.model(g.conv(x, 5, k=1)))[0]
     cost = CostModel(analysis)
-    assert cost.macs(np.array([4])) == 64 * (4 * 3 * 9 + 5 * 4)
+    assert cost.total(np.array([4])) == 64 * (4 * 3 * 9 + 5 * 4)
     assert cost.per_term(np.array([1])).tolist() == [64 * 3 * 9, 64 * 5]
 
 
@@ -136,7 +137,7 @@ def test_along_a_group_is_one_by_one(name: str) -> None:
     kept = np.random.default_rng(1).integers(1, units + 1)
     for group, size in enumerate(units):
         candidates = np.arange(1, size + 1)
-        moved = [cost.macs(np.where(np.arange(len(units)) == group, c, kept)) for c in candidates]
+        moved = [cost.total(np.where(np.arange(len(units)) == group, c, kept)) for c in candidates]
         np.testing.assert_allclose(cost.along(kept, group, candidates), moved, rtol=1e-12)
 
 
@@ -160,13 +161,18 @@ def convex(units: int, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([np.cumsum(steps)[::-1], [0.0]])
 
 
+def at_least(floors: Sequence[int], units: Sequence[int]) -> list[np.ndarray]:
+    """Kept counts to choose from: from the floor on."""
+    return [np.arange(f, n + 1) for f, n in zip(floors, units, strict=True)]
+
+
 def error(curves: list[np.ndarray], kept: np.ndarray) -> float:
     return float(sum(c[k] for c, k in zip(curves, kept, strict=True)))
 
 
 def least_error(curves: list[np.ndarray], cost: CostModel, limit: float, floors: list[int]) -> float:
     ranges = [range(f, len(c)) for c, f in zip(curves, floors, strict=True)]
-    return min(error(curves, np.array(k)) for k in itertools.product(*ranges) if cost.macs(np.array(k)) <= limit)
+    return min(error(curves, np.array(k)) for k in itertools.product(*ranges) if cost.total(np.array(k)) <= limit)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.95, 1.0])
@@ -175,9 +181,9 @@ def test_allocation_is_brute_force_where_all_units_cost_the_same(seed: int, shar
     cost, rng = branches((3, 3, 3)), np.random.default_rng(seed)
     curves = [convex(n, rng) * rng.uniform(0.2, 5) for n in (3, 4, 5)]
     floors = [1, 2, 1]
-    limit = cost.macs(np.array([3, 4, 5])) * share
-    kept = allocate(curves, cost, max(limit, cost.macs(np.array(floors))), floors)
-    assert error(curves, kept) == pytest.approx(least_error(curves, cost, max(limit, cost.macs(floors)), floors))
+    limit = cost.total(np.array([3, 4, 5])) * share
+    kept = allocate(curves, cost, max(limit, cost.total(np.array(floors))), at_least(floors, (3, 4, 5)))
+    assert error(curves, kept) == pytest.approx(least_error(curves, cost, max(limit, cost.total(floors)), floors))
 
 
 @given(st.integers(0, 10_000), st.floats(0.35, 1.0))
@@ -186,10 +192,10 @@ def test_allocation_wastes_less_than_a_unit(seed: int, share: float) -> None:
     """With units of unlike cost (a knapsack) the error is below the least one of a budget without the dearest unit."""
     cost, rng = branches((1, 3, 5)), np.random.default_rng(seed)
     curves = [convex(n, rng) * rng.uniform(0.2, 5) for n in (3, 4, 5)]
-    dearest = cost.macs(np.array([1, 1, 2])) - cost.macs(np.array([1, 1, 1]))
-    limit = cost.macs(np.array([3, 4, 5])) * share
-    if limit - dearest >= cost.macs(np.ones(3)):
-        kept = allocate(curves, cost, limit, [1, 1, 1])
+    dearest = cost.total(np.array([1, 1, 2])) - cost.total(np.array([1, 1, 1]))
+    limit = cost.total(np.array([3, 4, 5])) * share
+    if limit - dearest >= cost.total(np.ones(3)):
+        kept = allocate(curves, cost, limit)
         assert error(curves, kept) <= least_error(curves, cost, limit - dearest, [1, 1, 1]) + 1e-9
 
 
@@ -198,16 +204,19 @@ Allocator = Callable[[Analysis, CostModel, float, list[int]], np.ndarray]
 
 def by_curves(analysis: Analysis, cost: CostModel, limit: float, floors: list[int]) -> np.ndarray:
     rng = np.random.default_rng(3)
-    return allocate([convex(g.units, rng) for g in analysis.groups], cost, limit, floors)
+    curves = [convex(g.units, rng) for g in analysis.groups]
+    return allocate(curves, cost, limit, at_least(floors, units_of(analysis)))
 
 
 def by_share(analysis: Analysis, cost: CostModel, limit: float, floors: list[int]) -> np.ndarray:
-    return uniform([g.units for g in analysis.groups], cost, limit, floors)
+    units = units_of(analysis)
+    return uniform(units.tolist(), cost, limit, at_least(floors, units))
 
 
 def by_threshold(analysis: Analysis, cost: CostModel, limit: float, floors: list[int]) -> np.ndarray:
     rng = np.random.default_rng(3)
-    return global_threshold([rng.uniform(0, 1, g.units) for g in analysis.groups], cost, limit, floors)
+    scores = [rng.uniform(0, 1, g.units) for g in analysis.groups]
+    return global_threshold(scores, cost, limit, at_least(floors, units_of(analysis)))
 
 
 ALLOCATORS: dict[str, Allocator] = {"curves": by_curves, "share": by_share, "threshold": by_threshold}
@@ -221,15 +230,15 @@ def test_allocations_keep_to_the_limit_and_the_floors(by: str, name: str, share:
     analysis = prepared(name)[0]
     cost, units = CostModel(analysis), units_of(analysis)
     floors = [floor] * len(units)
-    limit = max(analysis.macs * share, cost.macs(np.array(floors)))
+    limit = max(analysis.macs * share, cost.total(np.array(floors)))
     kept = ALLOCATORS[by](analysis, cost, limit, floors)
     assert (kept >= floor).all()
     assert (kept <= units).all()
-    assert cost.macs(kept) <= limit
+    assert cost.total(kept) <= limit
     if share == 1.0:
         assert kept.tolist() == units.tolist()
     if by != "threshold":  # nothing more fits in
-        more = [cost.macs(kept + np.eye(len(units), dtype=int)[g]) for g in np.flatnonzero(kept < units)]
+        more = [cost.total(kept + np.eye(len(units), dtype=int)[g]) for g in np.flatnonzero(kept < units)]
         assert all(macs > limit for macs in more)
 
 
@@ -262,17 +271,17 @@ def test_what_any_price_can_reach_is_found(seed: int, kernels: tuple[int, ...]) 
     cost, rng = branches(kernels), np.random.default_rng(seed)
     curves = [np.sort(rng.uniform(0, 1, n + 1) ** 2)[::-1] * rng.uniform(0.2, 5) for n in (3, 4, 5)]
     every = [np.array(k) for k in itertools.product(range(1, 4), range(1, 5), range(1, 6))]
-    corners = hull([(cost.macs(k), error(curves, k)) for k in every])
+    corners = hull([(cost.total(k), error(curves, k)) for k in every])
     assert len(corners) > 3
     for limit, least in corners:
-        assert error(curves, allocate(curves, cost, limit, [1, 1, 1])) == pytest.approx(least, rel=1e-9)
+        assert error(curves, allocate(curves, cost, limit)) == pytest.approx(least, rel=1e-9)
 
 
 def test_units_that_cost_no_error_are_kept_where_they_fit() -> None:
     cost = branches((3, 3, 3))
     curves = [np.array([9.0, 0, 0, 0]), np.array([9.0, 0, 0, 0, 0]), np.array([9.0, 5, 4, 3, 2, 0])]
-    assert allocate(curves, cost, cost.macs(np.array([3, 4, 5])), [1, 1, 1]).tolist() == [3, 4, 5]
-    assert allocate(curves, cost, cost.macs(np.array([1, 1, 5])), [1, 1, 1]).tolist() == [1, 1, 5]
+    assert allocate(curves, cost, cost.total(np.array([3, 4, 5]))).tolist() == [3, 4, 5]
+    assert allocate(curves, cost, cost.total(np.array([1, 1, 5]))).tolist() == [1, 1, 5]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -280,9 +289,9 @@ def test_units_that_cost_no_error_are_kept_where_they_fit() -> None:
 def test_uniform_keeps_of_every_group_at_least_the_largest_share_that_fits(name: str, share: float) -> None:
     analysis = prepared(name)[0]
     cost, units = CostModel(analysis), units_of(analysis)
-    kept = uniform(units.tolist(), cost, analysis.macs * share, [1] * len(units))
+    kept = uniform(units.tolist(), cost, analysis.macs * share)
     shares = [np.maximum(np.round(units * s), 1) for s in np.linspace(0, 1, 2001)]
-    fitting = [counts for counts in shares if cost.macs(counts) <= analysis.macs * share]
+    fitting = [counts for counts in shares if cost.total(counts) <= analysis.macs * share]
     assert (kept >= fitting[-1]).all()
 
 
@@ -293,13 +302,13 @@ def test_global_threshold_is_one_and_the_lowest(seed: int, share: float) -> None
     cost = CostModel(analysis)
     scores = [rng.integers(0, 12, g.units) / 10 for g in analysis.groups]  # with ties
     limit = analysis.macs * share
-    kept = global_threshold(scores, cost, limit, [1] * len(scores))
+    kept = global_threshold(scores, cost, limit)
 
     def above(bar: float) -> np.ndarray:
         return np.array([max(int((s >= bar).sum()), 1) for s in scores])
 
     bars = [*np.unique(np.concatenate(scores)), np.inf]
-    fitting = [bar for bar in bars if cost.macs(above(bar)) <= limit]
+    fitting = [bar for bar in bars if cost.total(above(bar)) <= limit]
     assert kept.tolist() == (above(min(fitting)) if fitting else above(np.inf)).tolist()
 
 
@@ -367,8 +376,8 @@ def test_interpolation_never_rises(data: st.DataObject) -> None:
 def test_allocation_avoids_widths_at_which_the_network_gives_no_number() -> None:
     cost, rng = branches((3, 3, 3)), np.random.default_rng(0)
     curves = [convex(3, rng), convex(4, rng), np.array([np.inf, np.inf, np.inf, 0.5, 0.1, 0.0])]
-    limit = cost.macs(np.array([2, 2, 3]))
-    kept = allocate(curves, cost, limit, [1, 1, 1])
+    limit = cost.total(np.array([2, 2, 3]))
+    kept = allocate(curves, cost, limit)
     assert np.isfinite(error(curves, kept))
     assert error(curves, kept) == pytest.approx(least_error(curves, cost, limit, [1, 1, 1]))
 

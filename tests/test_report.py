@@ -118,7 +118,7 @@ def test_promised_keys():
     for key, kind in PROMISED.items():
         assert isinstance(found[key], kind), key
     assert found["target"] == {"speedup": 2.0, "by": "macs"}
-    assert set(found["before"]) == {"macs", "params", "bytes", "latency_ms"}
+    assert set(found["before"]) == {"macs", "params", "bytes", "latency_ms", "memory"}
     assert found["before"]["latency_ms"] == {"median": 8.0, "p10": 7.5, "p90": 9.25, "runs": 100}
     assert found["achieved"]["latency"] == 1.6
     assert set(found["groups"][0]) == {"name", "units", "kept", "producers", "consumers", "error"}

@@ -44,12 +44,20 @@ class Target:
 
 @dataclass(frozen=True)
 class Measures:
-    """What a model costs. Latency is None where it was not measured."""
+    """What a model costs. Latency is None where it was not measured, ``memory`` where it was not counted.
+
+    ``memory`` is the most bytes of activations that are alive at once (see `onnxprune.costs.PeakMemory`).
+    """
 
     macs: int
     params: int
     bytes: int
     latency_ms: Latency | None = None
+    memory: int | None = None
+
+    def counted(self) -> dict[str, float]:
+        """What was counted, by the names that budgets have."""
+        return {"macs": self.macs, "params": self.params, "memory": self.memory or 0}
 
 
 @dataclass(frozen=True)
@@ -59,13 +67,21 @@ class Achieved:
     macs: float
     params: float
     latency: float | None = None
+    memory: float | None = None
+
+    def of_unit(self, by: str) -> float | None:
+        """The ratio in one of the units that a budget may have."""
+        ratios = {"macs": self.macs, "params": self.params, "memory": self.memory, "latency": self.latency}
+        return ratios[by]
 
     @staticmethod
     def of(before: Measures, after: Measures) -> Achieved:
         """The ratios of two measures."""
         times = before.latency_ms, after.latency_ms
         latency = _ratio(times[0].median, times[1].median) if times[0] and times[1] else None
-        return Achieved(_ratio(before.macs, after.macs), _ratio(before.params, after.params), latency)
+        bytes_alive = before.memory, after.memory
+        memory = None if None in bytes_alive else _ratio(bytes_alive[0] or 0, bytes_alive[1] or 0)
+        return Achieved(_ratio(before.macs, after.macs), _ratio(before.params, after.params), latency, memory)
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,7 @@ class Report:
 
     ``removed`` names, per tensor of the original and axis, the positions that went. ``hashes`` are SHA-256 of the
     original (``model``), of what was written (``pruned``) and of the data (``data``). ``options`` are those that led
-    to the choice of channels.
+    to the choice of channels. ``limits`` are the most that was to be left of costs, by name, besides the target.
     """
 
     target: Target
@@ -130,6 +146,7 @@ class Report:
     hashes: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
     schema_version: str = SCHEMA_VERSION
 
     def to_json(self) -> str:

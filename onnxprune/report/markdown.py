@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from onnxprune.report import Report
 from onnxprune.report.text import clean, cost_rows, error, fidelity_lines
+from onnxprune.targets import UNITS
 
 
 def render(report: Report) -> str:
     """Costs, fidelity and groups as Markdown."""
+    by, asked = report.target.by, f"(asked for: {report.target.speedup:g}x)"
+    what = "fewer MACs" if by == "macs" else f"less in {UNITS[by]}"
     parts = [
-        f"## Pruned to {report.achieved.macs:.2f}x fewer MACs (asked for: {report.target.speedup:g}x)",
+        f"## Pruned to {report.achieved.of_unit(by) or math.nan:.2f}x {what} {asked}",
         _table(("", "before", "after", "ratio"), cost_rows(report)),
         "MACs are counted; latency is measured on one machine.",
     ]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxprune.analysis import Analysis, CostModel
+from onnxprune.analysis import Analysis
+from onnxprune.costs import CostModel
 from onnxprune.report import FrozenEntry
 
 

@@ -93,6 +93,8 @@ def _cost_rows(a: Measures, b: Measures) -> list[tuple[str, str, str, str]]:
         ("parameters", quantity(a.params), quantity(b.params), ratio(a.params, b.params)),
         ("file size", f"{quantity(a.bytes)}B", f"{quantity(b.bytes)}B", ratio(a.bytes, b.bytes)),
     ]
+    if a.memory is not None and b.memory is not None:
+        rows.append(("peak memory", f"{quantity(a.memory)}B", f"{quantity(b.memory)}B", ratio(a.memory, b.memory)))
     if a.latency_ms and b.latency_ms:
         times = ratio(a.latency_ms.median, b.latency_ms.median)
         rows.append(("latency", latency(a.latency_ms), latency(b.latency_ms), times))

@@ -1,0 +1,136 @@
+"""What is asked for: a ratio in one unit, limits in others, and the widths that the deployment likes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnxprune.analysis import Analysis
+from onnxprune.budget import every_count
+from onnxprune.costs import Cost, CostModel, PeakMemory, parameters
+from onnxprune.errors import InputError, UnreachableTarget
+
+UNITS = {"macs": "MACs", "params": "parameters", "memory": "bytes of activations at the peak", "latency": "latency"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A ratio before / after, what it is counted in, and the most of other costs that may be left."""
+
+    speedup: float = 2.0
+    by: str = "macs"
+    most: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.speedup, bool) or not isinstance(self.speedup, int | float):
+            raise InputError(f"expected a speed-up above 1, found {self.speedup!r}; try --speedup 2")
+        if not np.isfinite(self.speedup) or self.speedup <= 1:
+            raise InputError(f"expected a speed-up above 1, found {self.speedup}; try --speedup 2")
+        if self.by not in UNITS:
+            raise InputError(f"unknown unit {self.by!r} of the budget; expected one of {', '.join(UNITS)}")
+        for name, value in self.most.items():
+            if not value > 0:
+                raise InputError(f"expected a number above 0 for --max-{name}, found {value:g}")
+
+
+@dataclass(frozen=True, eq=False)
+class Limit:
+    """The most that may be left of a cost."""
+
+    name: str
+    cost: Cost
+    limit: float
+
+
+def counted_costs(analysis: Analysis, names: Collection[str], copies: Collection[str]) -> dict[str, Cost]:
+    """Costs that are counted, by name."""
+    found: dict[str, Cost] = {}
+    for name in names:
+        if name == "macs":
+            found[name] = CostModel(analysis)
+        elif name == "params":
+            found[name] = parameters(analysis, copies)
+        elif name == "memory":
+            found[name] = PeakMemory(analysis)
+    return found
+
+
+def limits(
+    analysis: Analysis,
+    wanted: Wanted,
+    costs: Mapping[str, Cost],
+    before: Mapping[str, float],
+    choices: list[np.ndarray],
+    best_effort: bool,
+) -> list[Limit]:
+    """The limits that the kept counts have to meet, the one of the ratio first where it is a counted one.
+
+    Args:
+        analysis: of the model.
+        wanted: what is asked for.
+        costs: by name, of everything that is limited.
+        before: what the original costs, by name.
+        choices: per group the kept counts to choose from.
+        best_effort: go as far as possible where a limit cannot be met.
+
+    Raises:
+        UnreachableTarget: a limit cannot be met, and ``best_effort`` is not given.
+    """
+    least = np.array([c[0] for c in choices], dtype=np.int64)
+    found = []
+    if wanted.by in costs:
+        floor = costs[wanted.by].total(least)
+        reachable = before[wanted.by] / floor if len(least) and floor else 1.0
+        speedup = wanted.speedup
+        if reachable < speedup:
+            if not best_effort or reachable <= 1.0:
+                raise unreachable(analysis, wanted, reachable)
+            speedup = reachable
+        found.append(Limit(wanted.by, costs[wanted.by], before[wanted.by] / speedup))
+    for name, most in wanted.most.items():
+        floor = costs[name].total(least)
+        if floor > most and not best_effort:
+            raise UnreachableTarget(
+                f"at most {most:g} {UNITS[name]} cannot be reached; the fewest for this model are {floor:.4g}"
+                f"{_what_holds(analysis)} (see onnxprune inspect; --best-effort goes as far as possible)",
+                before[name] / floor,
+            )
+        found.append(Limit(name, costs[name], max(most, floor)))
+    return found
+
+
+def unreachable(analysis: Analysis, wanted: Wanted, reachable: float) -> UnreachableTarget:
+    """What to say where the ratio cannot be reached."""
+    unit = "" if wanted.by == "macs" else f" in {UNITS[wanted.by]}"
+    return UnreachableTarget(
+        f"a speed-up of {wanted.speedup:g}{unit} cannot be reached; the largest for this model is {reachable:.3g}"
+        f"{_what_holds(analysis)} (see onnxprune inspect; --best-effort goes as far as possible)",
+        reachable,
+    )
+
+
+def _what_holds(analysis: Analysis) -> str:
+    blocking = max(analysis.frozen, key=lambda f: f.macs, default=None)
+    if blocking is None:
+        return ""
+    at = f" at node {blocking.node!r} ({blocking.op})" if blocking.node else f" ({blocking.tensor!r})"
+    return f"; most is held back by: {blocking.reason}{at}"
+
+
+def widths(analysis: Analysis, multiple: int = 1) -> list[np.ndarray]:
+    """Per group the kept counts to choose from, ascending.
+
+    With a ``multiple``, those whose channels in every layer are one, and the whole group, which may be none.
+    """
+    every = every_count([g.units for g in analysis.groups])
+    if multiple <= 1:
+        return every
+    axes = {(layer.weight, axis) for layer in analysis.layers for axis in (layer.out_axis, layer.weight_axis)}
+    found = []
+    for info, counts in zip(analysis.groups, every, strict=True):
+        each = {a.positions.shape[1] for a in info.group.axes if (a.tensor, a.axis) in axes} or {1}
+        fits = np.all([counts * positions % multiple == 0 for positions in each], axis=0)
+        found.append(counts[fits | (counts == info.units)])
+    return found
