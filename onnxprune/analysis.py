@@ -12,15 +12,14 @@ from onnxprune import rules
 from onnxprune.axes import BoundRelation, Refusal
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph, Node
-from onnxprune.groups import AxisId, Coupling, Group, Seed, Statement, couple
+from onnxprune.groups import AxisId, Coupling, Group, Kind, Seed, Statement, couple
 from onnxprune.layers import Layer, contracted_axes, layer_of, made_axes, silencing, weighted_axes
 from onnxprune.macs import MacTerm, holds_macs, mac_terms
 from onnxprune.probe import Shapes
+from onnxprune.remedies import remedy
 from onnxprune.rules.base import OpView
 
-_ONE = "an axis of size one"
-_DYNAMIC = "a size that depends on the data"
-_NO_CHANNELS = (_ONE, _DYNAMIC)  # nothing is lost where these stay
+_NO_CHANNELS = (Kind.ONE, Kind.DYNAMIC)  # nothing is lost where these stay
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Frozen:
     channels: int
     layers: tuple[str, ...]
     macs: float
+    rule: str  # what the node's row says, in the notation of `onnxprune.axes`; empty where none was asked
+    remedy: str  # what would free the channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +131,7 @@ def state(node: Node, graph: Graph, shapes: Shapes) -> Statement:
     else:
         relation = rules.describe(view(node, graph, shapes))
     operands = (*node.inputs, *node.captured)
-    return Statement(node.label, node.op, relation, operands, node.outputs)
+    return Statement(node.label, node.op, relation, operands, node.outputs, not missing)
 
 
 def outside_seeds(graph: Graph, shapes: Shapes, known: dict[str, tuple[int, ...]]) -> list[Seed]:
@@ -139,15 +140,19 @@ def outside_seeds(graph: Graph, shapes: Shapes, known: dict[str, tuple[int, ...]
     inputs = {spec.name for spec in graph.inputs}
     for name, shape in known.items():
         if name in inputs:
-            seeds += [Seed("an input of the graph", "", "", name, axis) for axis in range(len(shape))]
+            readers = graph.consumers.get(name, ())
+            where = (readers[0].label, readers[0].op) if readers else ("", "")
+            seeds += [Seed(Kind.INPUT, "an input of the graph", *where, name, axis) for axis in range(len(shape))]
         elif name in graph.outputs:
-            seeds += [Seed("an output of the graph", "", "", name, axis) for axis in range(len(shape))]
+            maker = graph.producer.get(name)
+            where = (maker.label, maker.op) if maker else ("", "")
+            seeds += [Seed(Kind.OUTPUT, "an output of the graph", *where, name, axis) for axis in range(len(shape))]
         else:
             for axis, size in enumerate(shape):
                 if size == 1:
-                    seeds.append(Seed(_ONE, "", "", name, axis))
+                    seeds.append(Seed(Kind.ONE, "an axis of size one", "", "", name, axis))
                 elif not shapes.is_static(name, axis):
-                    seeds.append(Seed(_DYNAMIC, "", "", name, axis))
+                    seeds.append(Seed(Kind.DYNAMIC, "a size that depends on the data", "", "", name, axis))
     return seeds
 
 
@@ -209,7 +214,7 @@ def analyse(
         for node, statement in zip(graph.nodes, statements, strict=True):
             if holds_macs(node) and node.label not in chosen:
                 for place in weighted_axes(node, statement.relation, graph.computed_from_constants):
-                    seeds.append(Seed("not chosen by --only/--exclude", node.label, node.op, *place))
+                    seeds.append(Seed(Kind.CHOSEN, "not chosen by --only/--exclude", node.label, node.op, *place))
     terms = tuple(term for node in graph.nodes for term in mac_terms(node, nominal))
     weights: dict[AxisId, float] = {}
     for term in terms:
@@ -220,7 +225,8 @@ def analyse(
     coupling = couple(known, statements, seeds, weights)
     layers = tuple(layer for node in graph.nodes if (layer := layer_of(node, graph)) is not None)
     groups = _named(coupling, graph, statements)
-    return Analysis(graph, shapes, statements, groups, _frozen(coupling, graph, terms, nominal), terms, layers, nominal)
+    frozen = _frozen(coupling, graph, statements, terms, nominal)
+    return Analysis(graph, shapes, statements, groups, frozen, terms, layers, nominal)
 
 
 def _named(coupling: Coupling, graph: Graph, statements: tuple[Statement, ...]) -> tuple[GroupInfo, ...]:
@@ -249,7 +255,13 @@ def _named(coupling: Coupling, graph: Graph, statements: tuple[Statement, ...]) 
     return tuple(named)
 
 
-def _frozen(coupling: Coupling, graph: Graph, terms: tuple[MacTerm, ...], nominal: Shapes) -> tuple[Frozen, ...]:
+def _frozen(
+    coupling: Coupling,
+    graph: Graph,
+    statements: tuple[Statement, ...],
+    terms: tuple[MacTerm, ...],
+    nominal: Shapes,
+) -> tuple[Frozen, ...]:
     """Frozen channels of the layers, gathered by the place that froze them.
 
     A channel is what a layer's weights count, and what goes with it: the heads of an attention, but not its tokens.
@@ -257,17 +269,29 @@ def _frozen(coupling: Coupling, graph: Graph, terms: tuple[MacTerm, ...], nomina
     inputs = {spec.name for spec in graph.inputs}
     weights = {n for node in graph.nodes if holds_macs(node) for n in node.inputs if n in graph.computed_from_constants}
     channels = {seed for (name, _), (seed, _) in coupling.frozen.items() if name in weights}
+    rules_of = {s.node: str(s.relation) for s in statements if not isinstance(s.relation, Refusal)}
     macs: dict[int, float] = {}
     held: dict[Seed, tuple[int, dict[int, str]]] = {}
     for term in terms:
         macs[term.index] = macs.get(term.index, 0.0) + term.at(nominal)
         for axis in term.axes:
             seed, count = coupling.frozen.get(axis, (None, 0))
-            if seed not in channels or seed.reason in _NO_CHANNELS or (seed.tensor in inputs and seed.axis == 0):
+            if seed not in channels or seed.kind in _NO_CHANNELS or (seed.tensor in inputs and seed.axis == 0):
                 continue
             most, nodes = held.get(seed, (0, {}))
             held[seed] = (max(most, count), nodes | {term.index: term.node})
     return tuple(
-        Frozen(s.reason, s.node, s.op, s.tensor, s.axis, count, tuple(nodes.values()), sum(macs[k] for k in nodes))
+        Frozen(
+            s.reason,
+            s.node,
+            s.op,
+            s.tensor,
+            s.axis,
+            count,
+            tuple(nodes.values()),
+            sum(macs[k] for k in nodes),
+            rules_of.get(s.node, ""),
+            remedy(s),
+        )
         for s, (count, nodes) in held.items()
     )

@@ -20,7 +20,7 @@ from onnxprune.counting import count_model_macs, count_peak_memory, nominal_shap
 from onnxprune.data import Calibration, Preprocessing, load_calibration
 from onnxprune.errors import InputError, InternalError
 from onnxprune.graph import Graph, digest, read_model, write_bytes
-from onnxprune.groups import Seed
+from onnxprune.groups import Kind, Seed
 from onnxprune.normalise import normalise
 from onnxprune.pipeline import Chooser
 from onnxprune.plan import Plan, removed_positions
@@ -29,12 +29,12 @@ from onnxprune.progress import Progress
 from onnxprune.report import (
     Achieved,
     DataEntry,
-    FrozenEntry,
     GroupEntry,
     Measures,
     Report,
     Target,
 )
+from onnxprune.report.overview import frozen_entries
 from onnxprune.rewrite import CannotRepair, rewrite
 from onnxprune.runtime import Runtime
 from onnxprune.selection import FROM_ACTIVATIONS, METHODS
@@ -206,9 +206,7 @@ def prune(
             )
             for g in analysis.groups
         ),
-        frozen=tuple(
-            FrozenEntry(f.reason, f.node, f.op, f.tensor, f.axis, f.channels, f.layers, f.macs) for f in analysis.frozen
-        ),
+        frozen=frozen_entries(analysis),
         prunable_macs=analysis.prunable_macs,
         removed=_removed(analysis, plan, graph, prepared),
         proof=proof,
@@ -304,7 +302,7 @@ def _prepare(
             rewrite(analysis, Plan("", half))
             return _Prepared(analysis, copies, tuple(biases))
         except CannotRepair as error:
-            more = tuple(Seed(str(error), "", "", error.tensor, axis) for axis in error.axes)
+            more = tuple(Seed(Kind.STATED, str(error), error.node, error.op, error.tensor, axis) for axis in error.axes)
             if not set(more) - set(seeds):
                 raise InternalError(f"freezing did not help: {error}") from error
             seeds += more

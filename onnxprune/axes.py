@@ -86,9 +86,13 @@ class Relation:
 
 @dataclass(frozen=True)
 class Refusal:
-    """No relation, and why: every axis of the operator's operands is frozen."""
+    """No relation, and why: every axis of the operator's operands is frozen.
+
+    What could be done about it stands behind a semicolon. ``known`` is false where no row speaks for the operator.
+    """
 
     reason: str
+    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,11 @@ class BoundAxis:
     mixed: frozenset[str] = frozenset()
     summed: frozenset[str] = frozenset()
     mapped: bool = False
+
+    def __str__(self) -> str:
+        if self.mapped or not self.letters:
+            return "@" if self.mapped else "1" if self.claimed else "*"
+        return str(Axis(self.letters, self.mixed, self.summed))
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,10 @@ class BoundRelation:
     maps: tuple[IndexMap, ...] = field(default=())
     zero: tuple[tuple[int, ...], ...] = ()
     silenced: frozenset[int] = frozenset()
+
+    def __str__(self) -> str:
+        sides = (", ".join(" ".join(map(str, operand)) for operand in side) for side in (self.inputs, self.outputs))
+        return " -> ".join(sides)
 
 
 _TOKEN = re.compile(r"\s*(\(|\)|[*1@]|[!~]?[a-z][a-z0-9_]*)")

@@ -237,14 +237,19 @@ def prune(
 @_threads
 @_layers
 @_preprocessing
+@click.option("--markdown", is_flag=True, help="Print the tables as Markdown on stdout.")
 @_talk
-def inspect(model: Path, data: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
-    """Show the groups of MODEL, their share of the work, what is frozen and why.
+def inspect(
+    model: Path, data: str | None, markdown: bool, as_json: bool, quiet: bool, verbose: bool, **options: Any
+) -> None:
+    """Show the groups of MODEL, their share of the work, what is frozen, why, and what would free it.
 
     \b
     Example: onnxprune inspect model.onnx
     """
     _check_talk(quiet, verbose)
+    if as_json and markdown:
+        raise click.UsageError("--json and --markdown exclude each other; give one of the two.")
     preprocessing = _take_preprocessing(options)
     from onnxprune import api
     from onnxprune.report import to_json
@@ -254,6 +259,10 @@ def inspect(model: Path, data: str | None, as_json: bool, quiet: bool, verbose: 
     found = overview(inspection.analysis, inspection.reachable)
     if as_json:
         click.echo(to_json(found))
+    elif markdown:
+        from onnxprune.report.markdown import render_overview
+
+        click.echo(render_overview(found), nl=False)
     elif not quiet:
         from onnxprune.report import text
 

@@ -8,6 +8,7 @@ cluster, by the multiply-accumulates that a choice makes removable.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -29,12 +30,32 @@ class Statement:
     relation: BoundRelation | Refusal
     inputs: tuple[str, ...]  # tensor names, empty where absent
     outputs: tuple[str, ...]
+    seen: bool = True  # whether the shapes of all operands are known
+
+
+class Kind(enum.StrEnum):
+    """Kinds of reasons for which an axis is frozen."""
+
+    INPUT = "input"  # of the graph
+    OUTPUT = "output"  # of the graph
+    ONE = "one"  # a size of one: nothing is lost
+    DYNAMIC = "dynamic"  # a size that depends on the data
+    CHOSEN = "chosen"  # not by --only or --exclude
+    UNKNOWN = "unknown"  # no row for the operator
+    REFUSED = "refused"  # the row says so
+    UNSEEN = "unseen"  # a tensor whose shape never came to be known
+    UNCLAIMED = "unclaimed"  # the row does not speak for this axis
+    MIXED = "mixed"  # all values of the axis are needed
+    SUMMED = "summed"  # summed up, and a silenced channel is not zero
+    PRODUCT = "product"  # a product of factors of which another one is cut
+    STATED = "stated"  # a size is stated in a way that cannot be mended
 
 
 @dataclass(frozen=True)
 class Seed:
     """Why an axis is frozen."""
 
+    kind: Kind
     reason: str
     node: str
     op: str
@@ -145,9 +166,9 @@ class _Builder:
                 part[part < 0] = len(self.seeds)
                 self.seeds.append(seed)
 
-    def freeze_statement(self, statement: Statement, reason: str, axes: Iterable[AxisId]) -> None:
+    def freeze_statement(self, statement: Statement, kind: Kind, reason: str, axes: Iterable[AxisId]) -> None:
         for tensor, axis in axes:
-            self.freeze(tensor, axis, Seed(reason, statement.node, statement.op, tensor, axis))
+            self.freeze(tensor, axis, Seed(kind, reason, statement.node, statement.op, tensor, axis))
 
     def state(self, statement: Statement) -> None:
         """Take in what one operator says."""
@@ -156,7 +177,8 @@ class _Builder:
         relation = statement.relation
         if isinstance(relation, Refusal):
             everything = [(n, a) for n, _, _ in operands for a in self._axes(n)]
-            self.freeze_statement(statement, relation.reason, everything)
+            kind = Kind.REFUSED if relation.known else Kind.UNKNOWN
+            self.freeze_statement(statement, kind if statement.seen else Kind.UNSEEN, relation.reason, everything)
             return
         occurrences: list[tuple[AxisId, BoundAxis]] = []
         for name, k, is_input in operands:
@@ -165,15 +187,17 @@ class _Builder:
                 occurrences.append(((name, axis), bound))
                 if not bound.claimed:
                     reason = f"{statement.op} gives no rule for this axis"
-                    self.freeze_statement(statement, reason, [(name, axis)])
-        whole: dict[str, str] = {}  # letters that cannot be cut, and why
+                    self.freeze_statement(statement, Kind.UNCLAIMED, reason, [(name, axis)])
+        whole: dict[str, tuple[Kind, str]] = {}  # letters that cannot be cut, and why
+        mixes = f"{statement.op} mixes the values of this axis"
+        sums = f"{statement.op} sums over this axis, and a silenced channel is not zero there"
         for _, bound in occurrences:
-            whole |= dict.fromkeys(sorted(bound.mixed), f"{statement.op} mixes the values of this axis")
-            reason = f"{statement.op} sums over this axis, and a silenced channel is not zero there"
-            whole |= {x: reason for x in sorted(bound.summed) if not self._is_zero(statement, relation, x)}
+            whole |= dict.fromkeys(sorted(bound.mixed), (Kind.MIXED, mixes))
+            open_sums = [x for x in sorted(bound.summed) if not self._is_zero(statement, relation, x)]
+            whole |= dict.fromkeys(open_sums, (Kind.SUMMED, sums))
         for axis_id, bound in occurrences:
             if bound.letters and set(bound.letters) <= set(whole):
-                self.freeze_statement(statement, whole[bound.letters[0]], [axis_id])
+                self.freeze_statement(statement, *whole[bound.letters[0]], [axis_id])
         lettered = [(a, b.letters) for a, b in occurrences if b.claimed and b.letters]
         self._relate_letters(statement, relation, lettered, frozenset(whole))
         self._relate_maps(statement, relation)
@@ -547,7 +571,8 @@ class _Solver:
                 if blocked is None:  # else say what stands behind it, rather than that a product cannot be cut
                     blocked = len(self.builder.seeds)
                     text = f"{split.statement.op} cuts the product axis along another factor"
-                    self.builder.seeds.append(Seed(text, split.statement.node, split.statement.op, *self._axis(offset)))
+                    said = split.statement
+                    self.builder.seeds.append(Seed(Kind.PRODUCT, text, said.node, said.op, *self._axis(offset)))
                 seed_of[span[seed_of[span] < 0]] = blocked
         return _ANY if blocked is None else blocked
 

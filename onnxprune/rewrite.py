@@ -24,8 +24,10 @@ from onnxprune.sizes import SizeGraph
 class CannotRepair(OnnxPruneError):
     """A node states a size in a way that cannot be mended; its axes have to be frozen."""
 
-    def __init__(self, message: str, tensor: str, axes: tuple[int, ...]) -> None:
+    def __init__(self, message: str, node: Node, tensor: str, axes: tuple[int, ...]) -> None:
         super().__init__(message)
+        self.node = node.label
+        self.op = node.op
         self.tensor = tensor
         self.axes = axes
 
@@ -230,7 +232,8 @@ class _Patcher:
             ((tensor, axes) for tensor in (*node.outputs, *node.inputs) if tensor and (axes := self._cut_axes(tensor))),
             (node.outputs[0], tuple(range(len(self.shapes.shape(node.outputs[0]) or ())))),
         )
-        return CannotRepair(f"{node.op} {node.label!r} takes sizes from {name!r}, which cannot be traced", tensor, axes)
+        said = f"{node.op} {node.label!r} takes sizes from {name!r}, which cannot be traced"
+        return CannotRepair(said, node, tensor, axes)
 
     def _cut_axes(self, tensor: str) -> tuple[int, ...]:
         """The axes of a tensor that lose something."""

@@ -322,6 +322,11 @@ def test_inspect_shows_groups_and_what_is_frozen(folder, capsys):
     found = json.loads(capsys.readouterr().out)
     assert [group["units"] for group in found["groups"]] == [WIDTH, WIDTH]
     assert found["reachable"] > 2 and {entry["channels"] for entry in found["frozen"]} == {3, 4}
+    assert all(entry["node"] and entry["remedy"] for entry in found["frozen"])
+    assert main(["inspect", "model.onnx", "--markdown"]) == 0
+    assert "Largest reachable speed-up" in capsys.readouterr().out
+    assert main(["inspect", "model.onnx", "--markdown", "--json"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
     assert main(["inspect", "fixed.onnx"]) == 0
     assert "nothing to prune" in capsys.readouterr().out
 

@@ -26,7 +26,7 @@ from onnxprune.report import (
     plain,
     to_json,
 )
-from onnxprune.report.markdown import render
+from onnxprune.report.markdown import render, render_overview
 from onnxprune.report.overview import GroupOverview, Overview
 from onnxprune.report.text import (
     TerminalProgress,
@@ -220,12 +220,22 @@ def test_fidelity_in_words(found, count, fragment):
     assert fragment in "\n".join(lines)
 
 
+STAYS = FrozenEntry("no row", "n7", "Erf", "t", 1, 64, ("fc",), 1e6, rule="a !b -> a", remedy="a row")
+
+
 def test_overview():
     groups = tuple(GroupOverview(f"conv{k}", 8, ("a", "b", "c"), ("d",), 0.5) for k in range(50))
-    found = Overview(2_000_000, 0.9, 3.5, groups, (FrozenEntry("no row", "n7", "Erf", "t", 1, 64, ("fc",), 1e6),))
+    found = Overview(2_000_000, 0.9, 3.5, groups, (STAYS,))
     text = shown(show_overview, found)
-    for word in ("conv0", "a, b and 1 more", "50.0 %", "no row", "Erf n7, axis 1 of t", "64", "90.0 %", "3.50x"):
+    words = ("conv0", "a, b and 1 more", "50.0 %", "no row", "Erf n7, axis 1 of t", "64", "90.0 %", "3.50x", "a row")
+    for word in words:
         assert word in text
+    assert "a !b -> a" not in text and "rule: a !b -> a" in shown(show_overview, found, verbose=True)
+    lines = render_overview(found).splitlines()
+    assert lines[0] == "## 2.0 M MACs, of which 90.0 % in layers that may shrink"
+    assert "Largest reachable speed-up, in MACs: 3.50x." in lines
+    assert "| no row | 64 | 50.0 % | Erf n7, axis 1 of t | a !b -> a | fc | a row |" in lines
+    assert sum(line.startswith("| conv") for line in lines) == 50
     assert "and 10 more groups" in text
     assert "conv49" in shown(show_overview, found, verbose=True)
     assert "nothing to prune" in shown(show_overview, dataclasses.replace(found, groups=(), frozen=()))
@@ -268,4 +278,5 @@ def test_markdown():
     assert "| MACs | 125.5 M | 61.0 M | 2.06x |" in text
     assert "\\[red]conv\\|2\\[/red]" in text
     assert "- warning: a thing to know" in text
+    assert "| an output of the graph | 10 | 0.0 % | axis 1 of y |  | fc |  |" in text
     assert "latency" in render(BARE)

@@ -1253,4 +1253,6 @@ def test_every_operator_has_a_row_or_a_reason() -> None:
 
 
 def test_an_unknown_operator_is_named_with_its_domain() -> None:
-    assert describe(OpView("Foo", "acme", 1, {}, (), (), (), ())) == Refusal("no rule for operator acme.Foo")
+    assert describe(OpView("Foo", "acme", 1, {}, (), (), (), ())) == Refusal(
+        "no rule for operator acme.Foo", known=False
+    )

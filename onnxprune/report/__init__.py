@@ -98,7 +98,10 @@ class GroupEntry:
 
 @dataclass(frozen=True)
 class FrozenEntry:
-    """Channels that stay, the place that holds them and the layers (with their MACs) that it holds back."""
+    """Channels that stay, the place that holds them and the layers (with their MACs) that it holds back.
+
+    ``rule`` is what the table says of the operator at that place, ``remedy`` what would free the channels.
+    """
 
     reason: str
     node: str
@@ -108,6 +111,8 @@ class FrozenEntry:
     channels: int
     layers: tuple[str, ...] = ()
     macs: float = 0.0
+    rule: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ def overview(analysis: Analysis, reachable: float) -> Overview:
 def frozen_entries(analysis: Analysis) -> tuple[FrozenEntry, ...]:
     """What stays, the places that hold back most first."""
     return tuple(
-        FrozenEntry(f.reason, f.node, f.op, f.tensor, f.axis, f.channels, f.layers, f.macs)
+        FrozenEntry(
+            f.reason, f.node, f.op, f.tensor, f.axis, f.channels, f.layers, f.macs, rule=f.rule, remedy=f.remedy
+        )
         for f in sorted(analysis.frozen, key=lambda f: -f.macs)
     )

@@ -155,7 +155,7 @@ def show_overview(found: Overview, out: Console, *, verbose: bool = False) -> No
         rows = found.groups if verbose else found.groups[:_MOST_ROWS]
         for group in rows:
             table.add_row(
-                clean(group.name), str(group.units), percent(group.macs), _some(group.producers), _some(group.consumers)
+                clean(group.name), str(group.units), percent(group.macs), some(group.producers), some(group.consumers)
             )
         out.print(table)
         if len(rows) < len(found.groups):
@@ -164,8 +164,8 @@ def show_overview(found: Overview, out: Console, *, verbose: bool = False) -> No
         table = _table("frozen because", "where", ">channels", ">MACs share", "holds back")
         stays = found.frozen if verbose else found.frozen[:_MOST_ROWS]
         for entry in stays:
-            share = percent(entry.macs / found.macs) if found.macs else ""
-            table.add_row(clean(entry.reason), _place(entry), str(entry.channels), share, _some(entry.layers))
+            why, *rest = frozen_row(entry, found.macs)
+            table.add_row(f"{why}\nrule: {clean(entry.rule)}" if verbose and entry.rule else why, *rest)
         out.print(table)
         if len(stays) < len(found.frozen):
             _line(out, f"and {len(found.frozen) - len(stays)} more places (all: --verbose)")
@@ -174,6 +174,13 @@ def show_overview(found: Overview, out: Console, *, verbose: bool = False) -> No
         _line(out, f"largest reachable speed-up, in MACs: {found.reachable:.2f}x")
     else:
         _line(out, "nothing to prune")
+
+
+def frozen_row(entry: FrozenEntry, macs: int) -> tuple[str, str, str, str, str]:
+    """Why and what would free them, where, channels, share of the model's MACs, layers."""
+    why = f"{clean(entry.reason)}\nfreed by: {clean(entry.remedy)}" if entry.remedy else clean(entry.reason)
+    share = percent(entry.macs / macs) if macs else ""
+    return why, place(entry), str(entry.channels), share, some(entry.layers)
 
 
 def show_comparison(found: Comparison, out: Console) -> None:
@@ -205,12 +212,14 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _some(names: Sequence[str], most: int = 2) -> str:
+def some(names: Sequence[str], most: int = 2) -> str:
+    """The first names, and how many more."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(clean(name) for name in names[:most]) + more
 
 
-def _place(entry: FrozenEntry) -> str:
+def place(entry: FrozenEntry) -> str:
+    """Node and axis that hold channels back."""
     node = f"{entry.op} {clean(entry.node)}, " if entry.node else ""
     return f"{node}axis {entry.axis} of {clean(entry.tensor)}"
 

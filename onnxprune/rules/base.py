@@ -125,7 +125,7 @@ def describe(op: OpView, row: Row | None = None) -> BoundRelation | Refusal:
     row = row or row_for(op.domain, op.op, op.version)
     if row is None:
         name = f"{op.domain}.{op.op}" if op.domain else op.op
-        return Refusal(f"no rule for operator {name}")
+        return Refusal(f"no rule for operator {name}", known=False)
     if isinstance(row.describe, Refusal):
         return row.describe
     relation = parse(row.describe) if isinstance(row.describe, str) else row.describe(op)
