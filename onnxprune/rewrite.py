@@ -110,18 +110,21 @@ def _repair_nodes(model: onnx.ModelProto, analysis: Analysis, cut: _Cut) -> None
     sizes = SizeGraph(graph, shapes, lambda name, which: cut.new_shape(name, which))
     # operands whose size is stated anew: what each has to hold at every probe
     wanted: dict[tuple[int, int], list[np.ndarray]] = {}
+    patcher = _Patcher(model, graph, shapes, sizes)
     for node in graph.nodes:
         proto = model.graph.node[node.index]
         row = row_for(node.domain, node.op, graph.opsets.get(node.domain, 1))
         if row is not None and row.repair is not None and _touched(node, cut):
             repairs = [row.repair(view(node, graph, shapes, which), _kept(node, cut)) for which in count]
             _set_attributes(proto, repairs[0].attributes)
+            if repairs[0].factor != 1:
+                patcher.scale(node, repairs[0].factor)
             for k in repairs[0].inputs:
                 wanted[node.index, k] = [repair.inputs[k] for repair in repairs]
         for k, name in enumerate(node.inputs):  # a size that is used as a value keeps its number
             if name in sizes.boundary and (node.index, k) not in wanted and node.index not in sizes.inside:
                 wanted[node.index, k] = [shapes.probes[which].values[name] for which in count]
-    _Patcher(model, graph, shapes, sizes).apply(wanted)
+    patcher.apply(wanted)
 
 
 def _touched(node: Node, cut: _Cut) -> bool:
@@ -142,7 +145,10 @@ def _set_attributes(proto: onnx.NodeProto, attributes: Mapping[str, object]) -> 
 
 
 class _Patcher:
-    """Gives operands new values: in place, as a new constant, or element by element beside a computed one."""
+    """Gives operands new values: in place, as a new constant, or element by element beside a computed one.
+
+    What it inserts comes into the graph by `apply`.
+    """
 
     def __init__(self, model: onnx.ModelProto, graph: Graph, shapes: Shapes, sizes: SizeGraph) -> None:
         self.model = model
@@ -168,6 +174,16 @@ class _Patcher:
                 self._give(self.graph.nodes[index], operand, wanted[index, operand])
         for index, node in sorted(self.inserted, key=lambda pair: pair[0], reverse=True):
             self.model.graph.node.insert(index, node)
+
+    def scale(self, node: Node, factor: float) -> None:
+        """Multiply a node's output; the product takes over its name."""
+        output = node.outputs[0]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.shapes.probes[0].types[output])
+        before = self._fresh(f"{output}_uncounted")
+        self.model.graph.node[node.index].output[0] = before
+        number = self._constant(f"{output}_factor", np.array(factor, dtype))
+        product = onnx.helper.make_node("Mul", [before, number], [output], name=f"{before}_factor")
+        self.inserted.append((node.index + 1, product))
 
     def _operand(self, index: int, operand: int) -> str:
         inputs = self.graph.nodes[index].inputs

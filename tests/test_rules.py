@@ -282,6 +282,8 @@ def judge(call: Call, row: Row, rng: np.random.Generator) -> Iterator[Verdict]:
         mended = call.mended(repair, taken)
         try:
             got = mended.run()
+            if repair.factor != 1:
+                got[0] = got[0] * got[0].dtype.type(repair.factor)
             shapes = [a.shape for a in call.inputs if a is not None]
             detail = f"{call.op} {shapes} {call.attributes} letter {removal.letter!r}: {gone}"
         except Exception as error:
@@ -1201,7 +1203,7 @@ WRONG = {
     "a convolution whose groups are read across": ("Conv-grouped", "n (g c) *, (c o) g *, (c o) -> n (c o) *"),
     "a normalised axis that is not marked": ("LayerNormalization", "* c, c, c -> * c"),
     "a softmax over an axis that is not marked": ("Softmax-fixed", "a b c -> a b c"),
-    "a mean over an axis that is not marked": ("ReduceMean-fixed", "a b c -> a 1 c"),
+    "a product over an axis that is not marked": ("ReduceProd-fixed", "a b c -> a 1 c"),
     "an axis that is marked for nothing": ("Relu-fixed", "a !b c -> a b c"),
     "a transpose that turns nothing": ("Transpose-fixed", "a b c -> a c b"),
     "a matrix whose rows are its columns": ("Gemm-fixed", "m k, k n, n -> m n"),
@@ -1210,7 +1212,7 @@ WRONG = {
 }
 FIXED: dict[str, Callable[[Draw], Call]] = {
     "Softmax-fixed": lambda d: Call("Softmax", [d.floats(2, 3, 4)], {"axis": 1}),
-    "ReduceMean-fixed": lambda d: Call("ReduceMean", [d.floats(2, 3, 4)], {"axes": [1]}),
+    "ReduceProd-fixed": lambda d: Call("ReduceProd", [d.floats(2, 3, 4)], {"axes": [1]}),
     "Relu-fixed": lambda d: Call("Relu", [d.floats(2, 3, 4)]),
     "Transpose-fixed": lambda d: Call("Transpose", [d.floats(2, 3, 3)], {"perm": [0, 1, 2]}),
     "Gemm-fixed": lambda d: Call("Gemm", [d.floats(2, 3), d.floats(3, 3), d.floats(3)], {"transB": 1}, (1, 2)),

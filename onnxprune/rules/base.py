@@ -73,10 +73,17 @@ class Kept:
 
 @dataclass(frozen=True)
 class Repair:
-    """What has to change in a node that states a size: attributes, and whole new values for some inputs."""
+    """What has to change in a node that states a size, or counts one.
+
+    Attributes:
+        attributes: new values; None takes an attribute away.
+        inputs: whole new values for some inputs.
+        factor: what the output has to be multiplied by.
+    """
 
     attributes: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[int, np.ndarray] = field(default_factory=dict)
+    factor: float = 1.0
 
 
 Describe = Callable[[OpView], Relation | Refusal]

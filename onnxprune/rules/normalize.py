@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from onnxprune.axes import Refusal, Relation
 from onnxprune.rules.base import FIRST, Kept, OpView, Repair, Row, Table, add, letters, relate
 
 SUMS = "ReduceL1 ReduceL2 ReduceSum ReduceSumSquare"
-MIXTURES = "ReduceMax ReduceMean ReduceMin ReduceProd"
+MIXTURES = "ReduceMax ReduceMin ReduceProd"
 
 
 def _batch_normalization(op: OpView) -> Relation | Refusal:
@@ -18,18 +20,30 @@ def _batch_normalization(op: OpView) -> Relation | Refusal:
     return relate([" ".join(names), *[vector] * 4], [" ".join(names)])
 
 
-def _reduce(op: OpView) -> Relation | Refusal:
-    """The axes that are left; reduced ones are summed (`~`) or mixed (`!`)."""
+def _reduced_axes(op: OpView) -> set[int] | None:
+    """The axes that are reduced; None where they are computed at run time."""
     rank = len(op.in_shape(0))
     given = op.value(1, "axes")
     if given is None and op.has(1):
-        return Refusal(f"{op.op} over axes that are computed at run time")
+        return None
     axes = {int(a) % rank for a in given.ravel()} if given is not None else set()
-    if not axes and not op.attributes.get("noop_with_empty_axes", 0):
-        axes = set(range(rank))
+    return axes or (set() if op.attributes.get("noop_with_empty_axes", 0) else set(range(rank)))
+
+
+def _mend_mean(op: OpView, kept: Kept) -> Repair:
+    """A factor: the removed positions, zero as they were, go on being counted."""
+    axes = _reduced_axes(op) or set()
+    return Repair(factor=math.prod(kept.in_size(op, 0, axis) / op.in_shape(0)[axis] for axis in axes))
+
+
+def _reduce(op: OpView) -> Relation | Refusal:
+    """The axes that are left; reduced ones are summed (`~`) or mixed (`!`)."""
+    axes = _reduced_axes(op)
+    if axes is None:
+        return Refusal(f"{op.op} over axes that are computed at run time")
     names = letters(op.in_shape(0))
     keep = bool(op.attributes.get("keepdims", 1))
-    mark = "~" if op.op in (*SUMS.split(), "ReduceLogSum") else "!"
+    mark = "~" if op.op in (*SUMS.split(), "ReduceMean", "ReduceLogSum") else "!"
     source = " ".join(f"{mark}{n}" if k in axes else n for k, n in enumerate(names))
     result = " ".join("1" if k in axes else n for k, n in enumerate(names) if keep or k not in axes)
     return relate([source], [result])
@@ -119,6 +133,7 @@ def register(table: Table) -> None:
     add(table, "LRN", Row("n !c * -> n !c *", zero=FIRST))
     add(table, "Softmax LogSoftmax Hardmax", Row(_softmax))
     add(table, f"{SUMS} {MIXTURES}", Row(_reduce, zero=FIRST))
+    add(table, "ReduceMean", Row(_reduce, repair=_mend_mean, zero=FIRST))
     add(table, "ReduceLogSum ReduceLogSumExp", Row(_reduce))
     add(table, "AveragePool LpPool MaxPool", Row(_spatial_pool, zero=FIRST))
     add(table, "GlobalAveragePool GlobalLpPool GlobalMaxPool", Row("n c * -> n c *", zero=FIRST))
