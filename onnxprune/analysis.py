@@ -11,7 +11,7 @@ import numpy as np
 from onnxprune import rules
 from onnxprune.axes import BoundRelation, Refusal
 from onnxprune.errors import InputError
-from onnxprune.graph import Graph, Node
+from onnxprune.graph import FLOATS, Graph, Node
 from onnxprune.groups import AxisId, Coupling, Group, Kind, Seed, Statement, couple
 from onnxprune.layers import Layer, contracted_axes, layer_of, made_axes, silencing, weighted_axes
 from onnxprune.macs import MacTerm, holds_macs, mac_terms
@@ -98,7 +98,8 @@ def view(node: Node, graph: Graph, shapes: Shapes, which: int = 0) -> OpView:
         if not name:
             return None
         if graph.is_stored(name):
-            return graph.array(name) if int(np.prod(graph.stored(name).dims)) <= 1 << 16 else None
+            largest = 1 << 16 if graph.stored(name).data_type in FLOATS else 1 << 24  # indices matter, weights do not
+            return graph.array(name) if int(np.prod(graph.stored(name).dims)) <= largest else None
         known = name in graph.computed_from_constants or name in shapes.static_sizes
         return order[0].values.get(name) if known else None
 

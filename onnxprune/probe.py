@@ -21,6 +21,8 @@ from onnxprune.runtime import Runtime, expose
 
 Feeds = Mapping[str, np.ndarray]
 
+# what they give has a size that depends on values: one run says nothing about another
+_COUNTING = frozenset({"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "SequenceMap", "Unique"})
 _LARGE = 1 << 28  # elements of weights, above which not all tensors are held at once
 _SLICE = 256  # tensors that are held at once then
 _KEEP_VALUES = 4096  # elements: shapes, indices and sizes are short; activations are not kept
@@ -117,18 +119,18 @@ def probe(graph: Graph, runtime: Runtime, data: Feeds | None = None, seed: int =
     """
     prober = _Prober(graph, runtime)
     dynamic = any(dim is None for spec in graph.inputs for dim in spec.shape)
+    counting = any(node.op in _COUNTING for node in graph.nodes)
     probes: list[Probe] = []
     if data is not None:
         try:
             probes.append(prober.run(data))
         except Exception as failure:
             raise InputError(f"onnxruntime cannot run the model on the calibration data: {failure}") from failure
-        if not dynamic:
+        if not dynamic and not counting:
             return _shapes(graph, probes)
     try:
-        found = (
-            _Search(graph, prober, seed).pair() if dynamic else [prober.run(random_feeds(graph, _PAIRS[0][0], seed))]
-        )
+        search = _Search(graph, prober, seed)
+        found = search.pair() if dynamic else search.fixed(2 if counting else 1)
     except Exception as failure:  # onnxruntime's errors share no public base class
         if probes:
             return _shapes(graph, probes)
@@ -201,6 +203,16 @@ class _Search:
                     return [first, second] if second else [first]
         assert self.error is not None
         raise self.error
+
+    def fixed(self, count: int) -> list[Probe]:
+        """Runs at the sizes that the model states, as many as it takes, on unlike inputs."""
+        runs = [self.prober.run(random_feeds(self.graph, _PAIRS[0][0], self.seed))]
+        for seed in range(self.seed + 1, self.seed + count):
+            try:
+                runs.append(self.prober.run(random_feeds(self.graph, _PAIRS[0][0], seed)))
+            except Exception:  # nothing was found in these inputs, say: a model may not run on that
+                continue
+        return runs
 
     def run(self, sizes: Sizes) -> Probe | None:
         """A probe at these sizes; None where the model does not run."""

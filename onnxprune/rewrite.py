@@ -43,6 +43,13 @@ class _Cut:
         """Kept positions per axis of a tensor."""
         return tuple(self.kept.get((name, axis)) for axis in range(len(self.shapes.shape(name) or ())))
 
+    def take(self, name: str, array: np.ndarray) -> np.ndarray:
+        """What is left of a tensor's values."""
+        for axis, left in enumerate(self.of(name)):
+            if left is not None:
+                array = np.take(array, left, axis=axis)
+        return array
+
     def new_shape(self, name: str, which: int) -> tuple[int, ...]:
         """The tensor's shape after the cut, at one of the probes."""
         old = self.shapes.probes[which].shapes[name]
@@ -96,10 +103,7 @@ def _slice_stored(model: onnx.ModelProto, graph: Graph, cut: _Cut, arrays: Mappi
         array = graph.array(name)
         if name in arrays:
             array = arrays[name].astype(array.dtype)
-        for axis, left in enumerate(cut.of(name)):
-            if left is not None:
-                array = np.take(array, left, axis=axis)
-        new = numpy_helper.from_array(np.ascontiguousarray(array), proto.name)
+        new = numpy_helper.from_array(np.ascontiguousarray(cut.take(name, array)), proto.name)
         new.doc_string = proto.doc_string
         proto.CopyFrom(new)
 
@@ -122,7 +126,9 @@ def _repair_nodes(model: onnx.ModelProto, analysis: Analysis, cut: _Cut) -> None
             for k in repairs[0].inputs:
                 wanted[node.index, k] = [repair.inputs[k] for repair in repairs]
         for k, name in enumerate(node.inputs):  # a size that is used as a value keeps its number
-            if name in sizes.boundary and (node.index, k) not in wanted and node.index not in sizes.inside:
+            a_value = name in sizes.boundary and node.index not in sizes.inside
+            # what loses channels itself (a tensor of zeros, an expanded token) is no number, and its node is repaired
+            if a_value and (node.index, k) not in wanted and all(left is None for left in cut.of(name)):
                 wanted[node.index, k] = [shapes.probes[which].values[name] for which in count]
     patcher.apply(wanted)
 
@@ -225,7 +231,7 @@ class _Patcher:
             return None
         if self.graph.is_stored(name):
             return [self.graph.array(name)] * count
-        if name in self.sizes.boundary:
+        if name in self.sizes.known:
             return [self.sizes.after(name, which) for which in range(count)]
         found = [p.values[name] for p in self.shapes.probes if name in p.values]
         return found if len(found) == count else None

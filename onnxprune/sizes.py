@@ -21,6 +21,7 @@ class SizeGraph:
 
     Attributes:
         inside: indices of the nodes that compute sizes.
+        known: tensors of the part.
         boundary: tensors of the part that other nodes (or the graph's outputs) read.
     """
 
@@ -30,16 +31,16 @@ class SizeGraph:
         self.new_shape = new_shape
         roots, self.inside = size_nodes(graph, shapes.probes)
         self.roots = roots
-        known = {name for index in self.inside for name in graph.nodes[index].outputs}
+        self.known = {name for index in self.inside for name in graph.nodes[index].outputs} - {""}
         self.boundary = {
             name
-            for name in known - {""}
+            for name in self.known
             if name in graph.outputs or any(r.index not in self.inside for r in graph.consumers.get(name, ()))
         }
         self._after: dict[int, dict[str, np.ndarray]] = {}
 
     def after(self, name: str, which: int) -> np.ndarray:
-        """The value of a boundary tensor on the new shapes, at one of the probes."""
+        """The value of a tensor of the part on the new shapes, at one of the probes."""
         if which not in self._after:
             self._after[which] = self._evaluate(which)
         return self._after[which][name]
@@ -54,11 +55,8 @@ class SizeGraph:
             else:
                 start, end = node.attributes.get("start", 0), node.attributes.get("end")
                 feeds[output] = shape[start:end]
-        direct = {name: feeds[name] for name in self.boundary if name in feeds}
-        rest = sorted(self.boundary - set(direct))
-        if not rest:
-            return direct
-        return direct | dict(zip(rest, self._run(rest, feeds), strict=True))
+        rest = sorted(self.known - set(feeds))
+        return feeds | dict(zip(rest, self._run(rest, feeds), strict=True)) if rest else feeds
 
     def _run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         source = self.graph.model

@@ -243,6 +243,24 @@ def expanded_token() -> onnx.ModelProto:
 
 
 @graph
+def response_normalisation() -> onnx.ModelProto:
+    g = Builder()
+    x = g.Relu(g.conv(image(g), 8))
+    energy = g.ReduceL2(x, axes=[2, 3])
+    share = g.Div(energy, g.Add(g.ReduceMean(energy, axes=[1]), g.const(1e-6)))
+    return g.model(g.conv(g.Mul(x, share), 3))
+
+
+@graph
+def block_assignment() -> onnx.ModelProto:
+    g = Builder()
+    x = g.Relu(g.conv(image(g), 6))
+    rows = np.meshgrid(np.arange(2), np.arange(6), np.arange(1, 6), indexing="ij")
+    part = g.Slice(g.conv(x, 6), g.const([0]), g.const([5]), g.const([2]))
+    return g.model(g.conv(g.ScatterND(x, g.const(np.stack(rows, axis=-1)), part), 3))
+
+
+@graph
 def grouped_convolution() -> onnx.ModelProto:
     g = Builder()
     return g.model(g.conv(g.conv(g.Relu(g.conv(image(g), 8)), 12, group=4), 3))
@@ -479,3 +497,18 @@ def test_a_dynamic_model_stays_dynamic() -> None:
         sizes_now = iter((4, 11, 13))  # none of them seen by the probes
         feeds = {"x": np.random.default_rng(0).standard_normal([d or next(sizes_now) for d in dims]).astype(np.float32)}
         assert prove(analysis, plan, new, [feeds], RUNTIME).max_relative_difference < 1e-5
+
+
+def test_a_number_of_findings_is_not_taken_for_a_size() -> None:
+    """Zero rows are found in the inputs that the model is probed with; others may be found later."""
+    g = Builder()
+    x = g.Relu(g.conv(image(g), 6))
+    count = g.Shape(g.NonZero(g.Greater(g.input("y", [7]), g.const(100.0))), start=1, end=2)
+    more = g.ConstantOfShape(g.Concat(count, g.Shape(x, start=1), axis=0))
+    model = g.model(g.conv(g.Concat(x, more, axis=0), 3))
+    new, analysis, plan, _ = pruned(model)
+    assert analysis.groups
+    y = np.array([0, 200, 0, 0, 300, 0, 0], np.float32)
+    feeds = {"x": np.ones((2, 3, 6, 6), np.float32), "y": y}
+    assert run(new, feeds)[0].shape[0] == 4
+    prove(analysis, plan, new, [feeds], RUNTIME)

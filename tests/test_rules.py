@@ -1101,6 +1101,15 @@ def _(d: Draw) -> Call:
     return Call("ScatterND", [d.floats(a, b, c), index, updates])
 
 
+@case("ScatterND", "block")
+def _(d: Draw) -> Call:
+    a, b, c = d.shape(0, 0, 0)
+    rows = [np.arange(a), np.arange(d.int(1, b - 1), b), np.arange(c)][: d.int(2, 3)]
+    index = np.stack(np.meshgrid(*rows, indexing="ij"), axis=-1)
+    updates = d.floats(*index.shape[:-1], *([c] if len(rows) == 2 else []))
+    return Call("ScatterND", [d.floats(a, b, c), index, updates], {}, (1,))
+
+
 @case("OneHot")
 def _(d: Draw) -> Call:
     index = d.rng.integers(0, 3, d.shape(0, 0))

@@ -75,13 +75,42 @@ def _gather_nd(op: OpView) -> Relation | Refusal:
     return relate([source, " ".join([*index, "1"])], [" ".join([*index, *rest])])
 
 
+def _whole_axes(op: OpView) -> dict[int, int]:
+    """Of indices that place a block: the axes that it covers from end to end, each with the indices' axis along it."""
+    indices = op.value(1)
+    if indices is None:
+        return {}
+    found = {}
+    for axis in range(indices.shape[-1]):
+        size = op.in_shape(0)[axis]
+        for along in range(indices.ndim - 1):
+            shape = [size if k == along else 1 for k in range(indices.ndim - 1)]
+            fits = size > 1 and indices.shape[along] == size
+            if fits and (indices[..., axis] == np.arange(size).reshape(shape)).all():
+                found[axis] = along
+    return found
+
+
 def _scatter_nd(op: OpView) -> Relation | Refusal:
-    """The axes behind the indexed ones; the indexed ones are mixed."""
-    depth = op.in_shape(1)[-1]
-    data = letters(op.in_shape(0))
-    index = [f"!{n}" for n in letters(op.in_shape(1), "i")[:-1]]
-    whole = " ".join([f"!{n}" if k < depth else n for k, n in enumerate(data)])
-    return relate([whole, " ".join([*index, "1"]), " ".join([*index, *data[depth:]])], [whole])
+    """The axes behind the indexed ones, and those that a block covers from end to end; the others are mixed."""
+    depth, whole = op.in_shape(1)[-1], _whole_axes(op)
+    data = [n if k >= depth or k in whole else f"!{n}" for k, n in enumerate(letters(op.in_shape(0)))]
+    rows = [f"!{n}" for n in letters(op.in_shape(1), "i")[:-1]]
+    for axis, along in whole.items():
+        rows[along] = data[axis]
+    return relate([" ".join(data), "*", " ".join([*rows, *data[depth:]])], [" ".join(data)])
+
+
+def _mend_scatter_nd(op: OpView, kept: Kept) -> Repair:
+    """Indices."""
+    indices = op.value(1)
+    cut = {axis: along for axis, along in _whole_axes(op).items() if kept.inputs[0][axis] is not None}
+    if indices is None or not cut:
+        return Repair()
+    for axis, along in cut.items():
+        size = kept.in_size(op, 0, axis)
+        indices = np.take(indices, np.arange(size), axis=along)  # counted from zero: what is left is a block again
+    return Repair(inputs={1: indices})
 
 
 def _one_hot(op: OpView) -> Relation | Refusal:
@@ -164,7 +193,7 @@ def register(table: Table) -> None:
     add(table, "GatherElements", Row(_gather_elements, zero=FIRST))
     add(table, "GatherND", Row(_gather_nd, zero=FIRST))
     add(table, "Scatter ScatterElements", Row(_scatter_elements, zero=((0, 2),)))
-    add(table, "ScatterND", Row(_scatter_nd, zero=((0, 2),)))
+    add(table, "ScatterND", Row(_scatter_nd, repair=_mend_scatter_nd, zero=((0, 2),)))
     add(table, "OneHot", Row(_one_hot))
     add(table, "ReverseSequence", Row(_reverse, zero=FIRST))
     add(table, "Trilu", Row(_trilu, zero=FIRST))
