@@ -22,7 +22,7 @@ from onnxprune.runtime import Runtime, expose
 Feeds = Mapping[str, np.ndarray]
 
 # what they give has a size that depends on values: one run says nothing about another
-_COUNTING = frozenset({"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "SequenceMap", "Unique"})
+COUNTING = frozenset({"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "SequenceMap", "Unique"})
 _LARGE = 1 << 28  # elements of weights, above which not all tensors are held at once
 _SLICE = 256  # tensors that are held at once then
 _KEEP_VALUES = 4096  # elements: shapes, indices and sizes are short; activations are not kept
@@ -119,7 +119,7 @@ def probe(graph: Graph, runtime: Runtime, data: Feeds | None = None, seed: int =
     """
     prober = _Prober(graph, runtime)
     dynamic = any(dim is None for spec in graph.inputs for dim in spec.shape)
-    counting = any(node.op in _COUNTING for node in graph.nodes)
+    counting = any(node.op in COUNTING for node in graph.nodes)
     probes: list[Probe] = []
     if data is not None:
         try:

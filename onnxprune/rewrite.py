@@ -16,7 +16,7 @@ from onnxprune.graph import Graph, Node
 from onnxprune.groups import AxisId
 from onnxprune.normalise import add_constant, drop_unused, used_names
 from onnxprune.plan import Plan, removed_positions
-from onnxprune.probe import Shapes
+from onnxprune.probe import COUNTING, Shapes
 from onnxprune.rules.base import Kept, row_for
 from onnxprune.sizes import SizeGraph
 
@@ -161,6 +161,7 @@ class _Patcher:
         self.graph = graph
         self.shapes = shapes
         self.sizes = sizes
+        self.counting = any(node.op in COUNTING for node in graph.nodes)
         self.taken = {name for node in graph.nodes for name in node.outputs} | set(graph.initializers)
         self.inserted: list[tuple[int, onnx.NodeProto]] = []
 
@@ -210,7 +211,7 @@ class _Patcher:
     def _give(self, node: Node, operand: int, values: list[np.ndarray]) -> None:
         proto = self.model.graph.node[node.index]
         name = self._operand(node.index, operand)
-        same = all(np.array_equal(values[0], other) for other in values)
+        same = not self._may_vary(name) and all(np.array_equal(values[0], other) for other in values)
         now = self._now(name)
         if now is not None and all(np.array_equal(a, b) for a, b in zip(now, values, strict=True)):
             return
@@ -223,6 +224,12 @@ class _Patcher:
         while len(proto.input) <= operand:
             proto.input.append("")
         proto.input[operand] = new
+
+    def _may_vary(self, name: str) -> bool:
+        """Whether a value may depend on data (a number of findings), however alike the probes; part of it stays then."""
+        if not name or name in self.graph.computed_from_constants:
+            return False
+        return self.counting or name not in self.sizes.known
 
     def _now(self, name: str) -> list[np.ndarray] | None:
         """What the operand would hold after the cut if it were left alone, at every probe."""
