@@ -226,7 +226,7 @@ class _Patcher:
         proto.input[operand] = new
 
     def _may_vary(self, name: str) -> bool:
-        """Whether a value may depend on data (a number of findings), however alike the probes; part of it stays then."""
+        """Whether a value may depend on data (a number of findings), however alike it was at the probes."""
         if not name or name in self.graph.computed_from_constants:
             return False
         return self.counting or name not in self.sizes.known
