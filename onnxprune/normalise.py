@@ -1,6 +1,7 @@
 """Make the graph say plainly what it computes, without changing it.
 
 Functions of the model are inlined, and the branch of an `If` that a constant or a static size chooses takes its place.
+Lists of tensors that are split, written and read at known places become slices and concatenations.
 What depends on constants alone is computed once and stored, so that weights behind Identity, Transpose, Cast or a
 normalisation are ordinary weights; quantised weights stay quantised. Small constants that exporters merged although
 unrelated operators use them (the ones and zeros of normalisations) are given back to each user. Weights that several
@@ -9,6 +10,7 @@ layers truly share stay shared.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from onnx.inliner import inline_local_functions
 from onnxprune.branches import inline_branch
 from onnxprune.graph import Graph
 from onnxprune.runtime import Runtime, expose
+from onnxprune.sequences import unpack_sequences
 
 _LARGEST_FOLDED = 1 << 20  # elements; larger results are folded only where they do not outgrow what they come from
 _LARGEST_COPY = 1 << 16  # elements
@@ -41,6 +44,9 @@ def normalise(graph: Graph, runtime: Runtime) -> tuple[onnx.ModelProto, dict[str
         _fold(model, graph.folder, runtime)
         while inline_branch(model):
             _fold(model, graph.folder, runtime)
+        used = used_names(model)
+        unpack_sequences(model, functools.partial(add_constant, model))
+        drop_unused(model, used)
     return model, _unshare(model)
 
 

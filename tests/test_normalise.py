@@ -154,3 +154,25 @@ def test_a_size_that_cannot_be_traced_names_the_axes_to_freeze() -> None:
     with pytest.raises(CannotRepair, match=r"Reshape .* takes sizes from .*, which cannot be traced") as caught:
         rewrite(analysis, half)
     assert caught.value.axes == (1,)
+
+
+@pytest.mark.parametrize("sizes", [np.array([2, 4]), np.array(4), np.array(3)])
+def test_a_list_of_parts_is_written_out(sizes: np.ndarray) -> None:
+    g = Builder()
+    x = g.Relu(g.conv(g.input("x", [2, 3, 6, 6]), 6))
+    parts = g.SplitToSequence(x, g.const(sizes), axis=1)
+    one, two = (g.SequenceAt(parts, g.const(k)) for k in (0, 1))
+    both = g.ConcatFromSequence(g.SequenceConstruct(two, g.Neg(one)), axis=1)
+    last = g.SequenceAt(g.SequenceConstruct(one, both), g.const(-1))
+    model = g.model(g.Conv(last, g.weight(2, 6, 1, 1)))
+    assert not any("Sequence" in op for op in ops(plain(model)))
+    _, analysis, _, _ = pruned(model)
+    assert analysis.prunable_macs == 1
+
+
+def test_a_list_that_is_read_at_a_computed_place_stays() -> None:
+    g = Builder()
+    place = g.Cast(g.ReduceMax(g.input("k", [1]), keepdims=0), to=TensorProto.INT64)
+    model = g.model(g.SequenceAt(g.SplitToSequence(g.input("x", [4, 6]), g.const(2)), place))
+    found, _ = normalise(Graph(model), RUNTIME)
+    assert [op for op in ops(found) if "Sequence" in op] == ["SplitToSequence", "SequenceAt"]

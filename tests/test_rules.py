@@ -537,7 +537,7 @@ def _(d: Draw) -> Call:
 
 @case("CastLike")
 def _(d: Draw) -> Call:
-    return Call("CastLike", [d.floats(*d.shape(0, 0)), np.zeros(d.of((), (1,), (5,)), np.float64)])
+    return Call("CastLike", [d.floats(*d.shape(0, 0)), np.zeros(d.of((), (1,), (5,), (3, 4)), np.float64)])
 
 
 @case("PRelu")

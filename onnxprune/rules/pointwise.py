@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from onnxprune.axes import Refusal, Relation
-from onnxprune.rules.base import ALL, EITHER, FIRST, Clauses, OpView, Row, Table, add, broadcast, relate
+from onnxprune.rules.base import ALL, EITHER, FIRST, Clauses, OpView, Row, Table, add, broadcast, letters, relate
 
 # f(0) = 0
 UNARY_OF_ZERO = """
-Abs Asin Asinh Atan Atanh Cast CastLike Ceil Celu Dropout Elu Erf Floor Gelu HardSwish Identity LeakyRelu Mish Neg Relu
+Abs Asin Asinh Atan Atanh Cast Ceil Celu Dropout Elu Erf Floor Gelu HardSwish Identity LeakyRelu Mish Neg Relu
 Round Selu Shrink Sign Sin Sinh Softsign Sqrt Swish Tan Tanh
 """
 UNARY = """
@@ -22,6 +22,12 @@ def _unary(op: OpView) -> Relation | Refusal:
     """Every axis of the first input is an axis of every output; the other inputs are scalars (limits, ratios)."""
     shapes = [op.out_shape(k) if s is not None else None for k, s in enumerate(op.out_sizes)]
     return relate(broadcast([op.in_shape(0)], op.in_shape(0)), broadcast(shapes, op.in_shape(0)))
+
+
+def _cast_like(op: OpView) -> Relation | Refusal:
+    """The same axes; of the second input only the type is read."""
+    names = " ".join(letters(op.in_shape(0)))
+    return relate([names, " ".join(letters(op.in_shape(1), "t"))], [names])
 
 
 def _nary(op: OpView) -> Relation | Refusal:
@@ -47,6 +53,7 @@ def register(table: Table) -> None:
     """Add the rows of this file."""
     add(table, UNARY_OF_ZERO, Row(_unary, zero=FIRST))
     add(table, UNARY, Row(_unary))
+    add(table, "CastLike", Row(_cast_like, zero=FIRST))
     add(table, "Clip", Row(_unary, zero=_clip_of_zero))
     # a bias beside a matrix product is silenced with it; the other operands scale or compare
     add(table, "Add Sub", Row(_nary, weights=(0, 1), zero=ALL))
