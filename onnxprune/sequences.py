@@ -1,4 +1,4 @@
-"""Parts of a list that are known beforehand are ordinary tensors: a part of a Split, an element of a written-out list."""
+"""Parts of a list that are known beforehand are ordinary tensors: a part of a split, an element of a written list."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def unpack_sequences(model: onnx.ModelProto, add: Add) -> None:
     for node in model.graph.node:
         if node.op_type == "Constant":
             stored.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
-    made = {
-        node.output[0]: node for node in model.graph.node if node.op_type in ("SplitToSequence", "SequenceConstruct")
-    }
+    lists = ("SplitToSequence", "SequenceConstruct")
+    made = {node.output[0]: node for node in model.graph.node if node.op_type in lists}
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx") or not node.input or node.input[0] not in made:
             continue
@@ -64,4 +63,5 @@ def _as_slice(
 
 def _become(node: onnx.NodeProto, op: str, inputs: list[str], **attributes: int) -> None:
     """Another operator under the same name, with the same output."""
-    node.CopyFrom(onnx.helper.make_node(op, inputs, list(node.output), name=node.name, **attributes))
+    node.CopyFrom(onnx.helper.make_node(op, inputs, list(node.output), name=node.name))
+    node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
