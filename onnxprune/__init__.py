@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxprune.api import Inspection, Result, analyze, prune
-    from onnxprune.compare import Comparison, compare
+    from onnxprune.comparison import Comparison, compare
     from onnxprune.data import Preprocessing
     from onnxprune.errors import InputError, InternalError, OnnxPruneError, UnreachableTarget
     from onnxprune.plan import Plan
@@ -23,8 +23,8 @@ _WHERE = {
     "analyze": "api",
     "Result": "api",
     "Inspection": "api",
-    "compare": "compare",
-    "Comparison": "compare",
+    "compare": "comparison",
+    "Comparison": "comparison",
     "Preprocessing": "data",
     "Plan": "plan",
     "Report": "report",

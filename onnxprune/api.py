@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +13,7 @@ import onnx
 
 from onnxprune.analysis import Analysis, analyse
 from onnxprune.biases import add_biases, drop_biases
-from onnxprune.compare import compare, measure_fidelity
+from onnxprune.comparison import compare, measure_fidelity
 from onnxprune.cost import Latency, measure_latency, params
 from onnxprune.costs import CostModel
 from onnxprune.counting import count_model_macs, count_peak_memory, nominal_shapes
@@ -46,6 +46,10 @@ __all__ = ["Inspection", "Result", "analyze", "compare", "count_model_macs", "pr
 DEFAULT_SAMPLES = 2000
 SLACK = 1.05  # a speed-up of X is met by [X, 1.05 X]
 _HELD_OUT_SHARE = 0.1
+_NOT_IN_ITS_TYPES = (
+    "onnxruntime has no kernels for the types of this model: it was run, proven and compared in float32 copies, and"
+    " latency was not measured"
+)
 _FEWEST_TO_SPLIT = 10
 _MOST_HELD_OUT = 500
 
@@ -137,7 +141,8 @@ def prune(
     with progress.stage("load"):
         path = None if isinstance(model, onnx.ModelProto) else Path(model)
         original = model if isinstance(model, onnx.ModelProto) else read_model(Path(model))
-        graph = _checked_graph(original, path, runtime)
+        runtime = runtime.suited(original)
+        graph = Graph(original, path.parent if path else None)
         calibration = load_calibration(
             data,
             graph.inputs,
@@ -167,6 +172,8 @@ def prune(
         warnings.append(
             f"only {len(calibration)} samples: fidelity is measured on those that the weights were fitted to"
         )
+    if reconstruct:
+        warnings += _quantised(analysis)
     chooser = Chooser(analysis, fit_data, runtime, progress, select, seed, batch_size)
     uses_data = reconstruct or select in FROM_ACTIVATIONS
     if uses_data:
@@ -189,11 +196,15 @@ def prune(
         drop_biases(pruned, spare)
         _check_written(pruned, original)
     with progress.stage("measure"):
-        times = measure_latency([original, pruned], batch, runtime)
+        times: Sequence[Latency | None] = (None, None)
+        if runtime.as_float32:
+            warnings.append(_NOT_IN_ITS_TYPES)
+        else:
+            times = measure_latency([original, pruned], batch, runtime)
         fidelity = measure_fidelity(original, pruned, held_out, batch_size or 32, runtime)
         before, after = replace(before, latency_ms=times[0]), _measures(pruned, batch, times[1])
         achieved = Achieved.of(before, after)
-    warnings += _misses(wanted, achieved, after)
+    warnings += [*chooser.notes, *_misses(wanted, achieved, after)]
     report = Report(
         target=Target(wanted.speedup, wanted.by),
         limits=wanted.most,
@@ -235,7 +246,8 @@ def analyze(
     runtime = Runtime("cpu", threads)
     original = model if isinstance(model, onnx.ModelProto) else read_model(Path(model))
     path = None if isinstance(model, onnx.ModelProto) else Path(model)
-    graph = _checked_graph(original, path, runtime)
+    runtime = runtime.suited(original)
+    graph = Graph(original, path.parent if path else None)
     calibration = None
     if data is not None:
         calibration = load_calibration(data, graph.inputs, samples=4, preprocessing=preprocessing or Preprocessing())
@@ -261,13 +273,6 @@ def _check_options(select: str, samples: int | None, batch_size: int | None) -> 
     for name, value in (("samples", samples), ("batch size", batch_size)):
         if value is not None and value < 1:
             raise InputError(f"expected a number of {name} of at least 1, found {value}")
-
-
-def _checked_graph(model: onnx.ModelProto, path: Path | None, runtime: Runtime) -> Graph:
-    """The graph, after onnxruntime has accepted the model."""
-    graph = Graph(model, path.parent if path else None)
-    Runtime("cpu", runtime.threads).session(model, optimise=False)
-    return graph
 
 
 def _split(calibration: Calibration) -> tuple[Calibration, Calibration]:
@@ -311,6 +316,15 @@ def _prepare(
 def _measures(model: onnx.ModelProto, batch: Mapping[str, np.ndarray], latency: Latency | None = None) -> Measures:
     macs, memory = count_model_macs(model, batch), count_peak_memory(model, batch)
     return Measures(macs, params(model), model.ByteSize(), latency, memory)
+
+
+def _quantised(analysis: Analysis) -> list[str]:
+    """A word on layers whose weights are integers: sliced exactly, and not fitted."""
+    scaled = {name for n in analysis.graph.nodes if n.op == "DequantizeLinear" for name in n.outputs}
+    readers = {name for info in analysis.groups for name in info.consumers}
+    count = len({n.index for n in analysis.graph.nodes if n.label in readers and scaled & set(n.inputs[1:2])})
+    said = "read quantised weights: their channels are taken out exactly, and nothing is fitted again there"
+    return [f"{count} layer{'s' if count > 1 else ''} {said}"] if count else []
 
 
 def _misses(wanted: Wanted, achieved: Achieved, after: Measures) -> list[str]:

@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from onnxprune.inference import infer
+
 Known = np.ndarray | None
 _COMPARISONS = {
     "Equal": np.equal,
@@ -115,28 +117,11 @@ def _compute(op: str, attributes: dict[str, object], inputs: list[np.ndarray]) -
 
 
 def _inferred(model: onnx.ModelProto) -> dict[str, list[int | None]]:
-    slim = onnx.ModelProto()
-    slim.CopyFrom(model)
-    for tensor in slim.graph.initializer:  # shapes are enough, and the model may be larger than a message
-        if int(np.prod(tensor.dims)) > 1024:
-            slim.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            )
-    rest = [t for t in slim.graph.initializer if int(np.prod(t.dims)) <= 1024]
-    listed = [v for k, v in enumerate(slim.graph.input) if v.name not in {o.name for o in slim.graph.input[:k]}]
-    del slim.graph.initializer[:], slim.graph.input[:], slim.graph.value_info[:]
-    slim.graph.initializer.extend(rest)
-    slim.graph.input.extend(listed)
-    try:
-        graph = onnx.shape_inference.infer_shapes(slim, data_prop=True).graph
-    except Exception:  # no proof, no branch
-        return {}
-    found: dict[str, list[int | None]] = {t.name: list(t.dims) for t in model.graph.initializer}
-    for value in (*graph.value_info, *graph.input):
-        if value.type.tensor_type.HasField("shape"):
-            dims = value.type.tensor_type.shape.dim
-            found[value.name] = [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in dims]
-    return found
+    return {
+        name: [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in found.shape.dim]
+        for name, found in infer(model).items()
+        if found.HasField("shape")
+    }
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -286,7 +286,7 @@ def compare(a: Path, b: Path, data: str | None, as_json: bool, quiet: bool, verb
     """
     _check_talk(quiet, verbose)
     preprocessing = _take_preprocessing(options)
-    from onnxprune.compare import compare as run
+    from onnxprune.comparison import compare as run
     from onnxprune.report import to_json
 
     with _progress(quiet) as progress:

@@ -48,7 +48,7 @@ def count_peak_memory(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | N
 
 def _bare(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None) -> Analysis:
     """The model as it stands, without groups."""
-    runtime = Runtime("cpu", 0)
+    runtime = Runtime("cpu", 0).suited(model)
     graph = Graph(normalise(Graph(model), runtime)[0])
     shapes = nominal_shapes(graph, runtime, data)
     terms = tuple(term for node in graph.nodes for term in mac_terms(node, shapes))

@@ -20,9 +20,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import numpy_helper
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxprune.data import InputSpec
 from onnxprune.errors import InputError
+
+G_LOGGER.severity = G_LOGGER.ERROR  # it warns of types that NumPy lacks, which are kept as they are
 
 FLOATS = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}

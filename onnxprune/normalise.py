@@ -80,7 +80,10 @@ def _fold(model: onnx.ModelProto, folder: Path, runtime: Runtime) -> None:
     keep = {
         name: value
         for name, value in zip(wanted, values, strict=True)
-        if isinstance(value, np.ndarray) and value.size <= max(_LARGEST_FOLDED, largest) and name not in graph.outputs
+        if isinstance(value, np.ndarray)
+        and value.size <= max(_LARGEST_FOLDED, largest)
+        and name not in graph.outputs
+        and not (runtime.as_float32 and value.dtype.kind == "f")  # computed in another type than the model's
     }
     used = used_names(model)
     nodes = [n for k, n in enumerate(model.graph.node) if k not in folded or not set(n.output) <= {*keep, ""}]

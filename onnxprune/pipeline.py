@@ -12,6 +12,7 @@ from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.calibrate import Arrays, Batches, Sweep, batch_size, collect
 from onnxprune.costs import Several
 from onnxprune.data import Calibration
+from onnxprune.precision import cast
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers
 from onnxprune.reconstruct import Fit, fit, refine, solve
@@ -49,6 +50,7 @@ class Chooser:
     rankings: list[Ranking] = field(default_factory=list)
     kept: dict[int, np.ndarray] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # for the report
     priced: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -196,9 +198,11 @@ class Chooser:
             self._note(reader, fits)
             found = stored_arrays(self.analysis, reader, np.stack([f.weights for f in fits]))
             found = {name: without(array, silent.get(name)) for name, array in found.items()}
-            if all(np.isfinite(a.astype(self.analysis.graph.array(n).dtype)).all() for n, a in found.items()):
+            if all(np.isfinite(cast(a, self.analysis.graph.array(n).dtype)).all() for n, a in found.items()):
                 return found
-            # the model's type cannot hold the fitted weights: the old ones stay, with zeros where units went
+            # the old ones stay, with zeros where units went
+            kind = self.analysis.graph.array(reader.layer.weight).dtype
+            self.notes.append(f"the weights fitted for {reader.layer.node.label!r} do not fit into {kind}: not fitted")
             gone = np.ones((1, reader.width, 1))
             gone[:, self._gone(reader)] = 0.0
             return stored_arrays(self.analysis, reader, reader.weights * gone)

@@ -9,7 +9,7 @@ identity.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -17,6 +17,7 @@ import onnxruntime as ort
 
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph
+from onnxprune.inference import infer
 from onnxprune.runtime import Runtime, expose
 
 Feeds = Mapping[str, np.ndarray]
@@ -318,13 +319,19 @@ class _Prober:
 
     def __init__(self, graph: Graph, runtime: Runtime) -> None:
         self.graph = graph
+        self.runtime = replace(runtime, provider="cpu")
         self.names = [name for node in graph.nodes for name in node.outputs if name]
-        self.session = Runtime("cpu", runtime.threads).session(expose(graph.model, self.names), optimise=False)
+        self.session = self.runtime.session(expose(graph.model, self.names), optimise=False)
+        self.declared = {n: t.elem_type for n, t in infer(graph.model).items()} if runtime.as_float32 else {}
+        self.float32 = {name for name, kind in self.declared.items() if kind == onnx.TensorProto.FLOAT}
         weights = sum(int(np.prod(t.dims, dtype=np.int64)) for t in graph.initializers.values())
         self.slice = len(self.names) if weights < _LARGE else _SLICE
 
     def run(self, feeds: Feeds) -> Probe:
-        given = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in feeds.items()}
+        given = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            for name, array in self.runtime.feeds(feeds).items()
+        }
         shapes = {name: tuple(array.shape) for name, array in feeds.items()}
         shapes |= {name: tuple(t.dims) for name in self.graph.stored_names() for t in (self.graph.stored(name),)}
         types = {name: int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in feeds.items()}
@@ -334,8 +341,12 @@ class _Prober:
             if value is None or not value.has_value() or not value.is_tensor():
                 continue
             shapes[name] = tuple(value.shape())
-            types[name] = value.element_type()
-            if int(np.prod(shapes[name], dtype=np.int64)) <= _KEEP_VALUES and value.element_type() in _READABLE:
+            computed = int(value.element_type())
+            # computed in float32 for want of kernels: its values are not those that the model has
+            own = not self.runtime.as_float32 or computed != onnx.TensorProto.FLOAT or name in self.float32
+            types[name] = computed if own else self.declared.get(name, computed)
+            short = int(np.prod(shapes[name], dtype=np.int64)) <= _KEEP_VALUES
+            if own and short and computed in _READABLE:
                 values[name] = value.numpy()
         return Probe(feeds, shapes, values, types)
 

@@ -105,9 +105,9 @@ def _following_scale(analysis: Analysis, layer: Layer) -> np.ndarray:
     outputs = graph.stored(layer.weight).dims[layer.out_axis] * (layer.group if layer.node.op == "ConvTranspose" else 1)
     readers = graph.consumers.get(layer.output, ())
     if len(readers) == 1 and readers[0].op == "BatchNormalization" and all(map(graph.is_stored, readers[0].inputs[1:])):
-        gamma, variance = graph.array(readers[0].inputs[1]), graph.array(readers[0].inputs[4])
-        epsilon = float(readers[0].attributes.get("epsilon", 1e-5))
-        return np.asarray(gamma / np.sqrt(variance + epsilon), dtype=np.float64)
+        gamma, variance = (graph.array(readers[0].inputs[k]).astype(np.float64) for k in (1, 4))
+        result: np.ndarray = gamma / np.sqrt(variance + float(readers[0].attributes.get("epsilon", 1e-5)))
+        return result
     return np.ones(outputs)
 
 

@@ -16,6 +16,7 @@ from onnxprune.graph import Graph, Node
 from onnxprune.groups import AxisId
 from onnxprune.normalise import add_constant, drop_unused, used_names
 from onnxprune.plan import Plan, removed_positions
+from onnxprune.precision import cast
 from onnxprune.probe import COUNTING, Shapes
 from onnxprune.rules.base import Kept, row_for
 from onnxprune.sizes import SizeGraph
@@ -102,7 +103,7 @@ def _slice_stored(model: onnx.ModelProto, graph: Graph, cut: _Cut, arrays: Mappi
     for name, proto in protos.items():
         array = graph.array(name)
         if name in arrays:
-            array = arrays[name].astype(array.dtype)
+            array = cast(arrays[name], array.dtype)
         new = numpy_helper.from_array(np.ascontiguousarray(cut.take(name, array)), proto.name)
         new.doc_string = proto.doc_string
         proto.CopyFrom(new)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 
 from onnxprune.errors import InputError
+from onnxprune.images import is_float
+from onnxprune.precision import float32_copy, types
 
 ort.set_default_logger_severity(4)  # GPU builds warn about missing drivers on machines without one
 
@@ -25,10 +29,18 @@ PROVIDERS = {
 
 @dataclass(frozen=True)
 class Runtime:
-    """How models are run: the provider's short name and the number of threads (0: the runtime's own choice)."""
+    """How models are run.
+
+    Attributes:
+        provider: its short name.
+        threads: how many (0: the runtime's own choice).
+        as_float32: whether models are run as copies in float32, for want of kernels for their own types; inputs of
+            other types are converted, and what is a float in the model comes out in float32.
+    """
 
     provider: str = "cpu"
     threads: int = 0
+    as_float32: bool = False
 
     def __post_init__(self) -> None:
         if self.provider not in PROVIDERS:
@@ -38,6 +50,32 @@ class Runtime:
             raise InputError(
                 f"provider {self.provider!r} is not in this build of onnxruntime; it offers {', '.join(have)}"
             )
+
+    def suited(self, model: onnx.ModelProto) -> Runtime:
+        """This runtime, or one that runs the model in float32 where there are no kernels for its own types.
+
+        Raises:
+            InputError: onnxruntime refuses the model in either form.
+        """
+        wide = replace(self, as_float32=True)
+        found = types(model)
+        if onnx.TensorProto.BFLOAT16 in found:  # which NumPy does not know either
+            wide.session(model, optimise=False)
+            return wide
+        try:
+            self.session(model, optimise=False)
+        except InputError:
+            if onnx.TensorProto.DOUBLE not in found:
+                raise
+            wide.session(model, optimise=False)
+            return wide
+        return self
+
+    def feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Inputs in the types that a session of this runtime takes."""
+        if not self.as_float32:
+            return dict(feeds)
+        return {name: a.astype(np.float32) if is_float(a.dtype) else a for name, a in feeds.items()}
 
     def session(
         self, model: onnx.ModelProto | bytes, *, optimise: bool = True, spinning: bool = False
@@ -55,14 +93,24 @@ class Runtime:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if not optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if self.as_float32:
+            model = float32_copy(onnx.load_from_string(model) if isinstance(model, bytes) else model)
         data = model if isinstance(model, bytes) else model.SerializeToString()
         providers = [PROVIDERS[self.provider]]
         if self.provider != "cpu":
             providers.append(PROVIDERS["cpu"])
         try:
-            return ort.InferenceSession(data, options, providers=providers)
+            kind = _Float32Session if self.as_float32 else ort.InferenceSession
+            return kind(data, options, providers=providers)
         except Exception as error:  # onnxruntime's errors share no public base class
             raise InputError(f"onnxruntime refuses the model: {_first_line(error)}") from error
+
+
+class _Float32Session(ort.InferenceSession):  # type: ignore[misc]
+    """A session over a copy in float32, that takes what the model itself takes."""
+
+    def run(self, output_names: Any, input_feed: Mapping[str, np.ndarray], run_options: Any = None) -> Any:
+        return super().run(output_names, Runtime(as_float32=True).feeds(input_feed), run_options)
 
 
 def expose(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

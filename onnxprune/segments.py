@@ -15,6 +15,7 @@ import onnxruntime as ort
 from onnx import numpy_helper
 
 from onnxprune.graph import Graph
+from onnxprune.precision import cast
 from onnxprune.probe import Shapes
 from onnxprune.runtime import Runtime
 
@@ -111,7 +112,7 @@ class Segments:
                 continue
             if name in arrays:
                 stored = graph.array(name)
-                model.graph.initializer.append(numpy_helper.from_array(arrays[name].astype(stored.dtype), name))
+                model.graph.initializer.append(numpy_helper.from_array(cast(arrays[name], stored.dtype), name))
             elif name in graph.initializers:
                 model.graph.initializer.append(graph.initializers[name])
         feeds = [n for n in examples if n in needed and n not in made and n not in self._stored]

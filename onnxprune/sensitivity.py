@@ -14,6 +14,7 @@ from scipy.special import log_softmax
 
 from onnxprune.analysis import Analysis
 from onnxprune.calibrate import FRONTIER_BYTES, Arrays, Batches, sample_bytes
+from onnxprune.precision import cast
 from onnxprune.progress import Progress
 from onnxprune.runtime import Runtime
 from onnxprune.segments import Segments, late_order
@@ -96,7 +97,7 @@ def measure(
         suffix = segments.piece(here, len(order), later, states[0], free=changed[group])
         results[group] = []
         for variant in variants[group]:
-            arrays: Arrays = {k: v.astype(graph.array(k).dtype) for k, v in variant.items()}
+            arrays: Arrays = {k: cast(v, graph.array(k).dtype) for k, v in variant.items()}
             moved = sum(
                 divergence({n: wanted[n] for n in later}, suffix.run(tensors, arrays))
                 for tensors, wanted in zip(states, expected, strict=True)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from onnxprune.graph import Graph
+from onnxprune.precision import types
 from onnxprune.probe import Shapes, size_nodes
 from onnxprune.runtime import Runtime
 
@@ -79,5 +80,6 @@ class SizeGraph:
         del part.graph.initializer[:]
         used = {name for node in part.graph.node for name in node.input}
         part.graph.initializer.extend(t for t in source.graph.initializer if t.name in used)
-        found = Runtime("cpu", 1).session(part, optimise=False).run(names, feeds)
+        runtime = Runtime("cpu", 1, as_float32=onnx.TensorProto.BFLOAT16 in types(part))
+        found = runtime.session(part, optimise=False).run(names, feeds)
         return [np.asarray(value) for value in found]

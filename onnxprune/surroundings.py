@@ -57,7 +57,8 @@ def look_behind(graph: Graph, reader: Reader, available: set[str]) -> Behind:
             stored = [n for n in node.inputs if graph.is_stored(n)]
             if limits is None and node.op == "BatchNormalization" and name == reader.layer.output and len(stored) == 4:
                 scale = reader.output_scale
-                shift = graph.array(node.inputs[2]) - graph.array(node.inputs[3]) * scale
+                beta, mean = (graph.array(node.inputs[k]).astype(np.float64) for k in (2, 3))
+                shift = beta - mean * scale
                 name = node.outputs[0]
                 continue
             if node.op == "Add" and stored:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import numpy_helper
 
 from onnxprune.analysis import Analysis
-from onnxprune.errors import InternalError
+from onnxprune.errors import InputError, InternalError
 from onnxprune.graph import Graph
 from onnxprune.plan import Plan, removed_positions
+from onnxprune.precision import NARROW, types, without_rounding
 from onnxprune.probe import Feeds
 from onnxprune.runtime import Runtime, expose
 
@@ -38,7 +42,7 @@ def prove(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, feeds: list[Feed
         plan: what was removed.
         cut: the model that was rewritten from the plan.
         feeds: inputs to try.
-        runtime: only its number of threads matters; the proof runs on the CPU.
+        runtime: its number of threads, and whether it runs models in float32; the proof runs on the CPU.
 
     Raises:
         InternalError: the two differ; the model must not be written.
@@ -47,9 +51,14 @@ def prove(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, feeds: list[Feed
     names = [name for node in graph.nodes for name in node.outputs if name]
     have = {name for node in cut.graph.node for name in node.output}
     shared = [name for name in names if name in have]
-    cpu = Runtime("cpu", runtime.threads)
-    expected = cpu.session(expose(silence(analysis, plan), shared), optimise=False)
-    actual = cpu.session(expose(cut, shared), optimise=False)
+    whole, how = silence(analysis, plan), ""
+    plain = [without_rounding(model, analysis.shapes.probes[0].shapes) for model in (whole, cut)]
+    if plain[0] is not whole and plain[1] is not cut:
+        (whole, cut), how = plain, "; values between QuantizeLinear and DequantizeLinear scaled, but not rounded"
+    runtime = replace(runtime, provider="cpu")
+    expected, actual, in_float32 = _sessions([expose(model, shared) for model in (whole, cut)], runtime)
+    if in_float32:
+        how += "; in float32 copies of both models"
     skip = _after_a_ranking(graph)
     worst, where, compared = 0.0, "", 0
     for feed in feeds:
@@ -69,7 +78,18 @@ def prove(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, feeds: list[Feed
                     f"the proof failed: {name!r} differs by {gap:.1e} of its largest value from the original with the"
                     " removed channels silenced; nothing was written. Please report the model"
                 )
-    return Proof(worst, where, compared, f"{len(feeds)} batches, every inner tensor that kept its shape")
+    return Proof(worst, where, compared, f"{len(feeds)} batches, every inner tensor that kept its shape{how}")
+
+
+def _sessions(
+    models: Sequence[onnx.ModelProto], runtime: Runtime
+) -> tuple[ort.InferenceSession, ort.InferenceSession, bool]:
+    """Sessions for both models, in float32 where their own type would hide small differences; whether it is so."""
+    if not runtime.as_float32 and types(models[0]) & NARROW:
+        with contextlib.suppress(InputError):  # operators that there are for float16 alone
+            return _sessions(models, replace(runtime, as_float32=True))
+    first, second = (runtime.session(model, optimise=False) for model in models)
+    return first, second, runtime.as_float32
 
 
 def silence(analysis: Analysis, plan: Plan) -> onnx.ModelProto:

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 
-from onnxprune.compare import Comparison, Side
+from onnxprune.comparison import Comparison, Side
 from onnxprune.errors import InputError
 from onnxprune.report import (
     Achieved,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from onnxprune.compare import Fidelity
+from onnxprune.comparison import Fidelity
 from onnxprune.cost import Latency
 from onnxprune.errors import InputError
 from onnxprune.verify import Proof

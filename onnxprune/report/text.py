@@ -13,7 +13,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from onnxprune.compare import Comparison, Fidelity
+from onnxprune.comparison import Comparison, Fidelity
 from onnxprune.cost import Latency
 from onnxprune.progress import Progress
 from onnxprune.report import FrozenEntry, GroupEntry, Measures, Report

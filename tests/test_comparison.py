@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxprune.compare import common_inputs, compare, measure_fidelity, wilson
+from onnxprune.comparison import common_inputs, compare, measure_fidelity, wilson
 from onnxprune.cost import measure_latency, params
 from onnxprune.data import load_calibration
 from onnxprune.errors import InputError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Side:
     macs: int
     params: int
     bytes: int
-    latency_ms: Latency
+    latency_ms: Latency | None
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ def compare(
     runtime = Runtime(provider, threads)
     with progress.stage("load"):
         first, second = (each if isinstance(each, onnx.ModelProto) else read_model(Path(each)) for each in (a, b))
+        runtime = runtime.suited(first)
+        runtime = runtime if runtime.as_float32 else runtime.suited(second)
         inputs = common_inputs(first, second)
         calibration = load_calibration(
             data,
@@ -116,7 +118,9 @@ def compare(
     with progress.stage("latency"):
         batch = min(batch_size or 1, len(calibration)) if calibration.batchable else 1
         feeds = calibration.feeds(range(batch))
-        latencies = measure_latency((first, second), feeds, runtime)
+        latencies: Sequence[Latency | None] = (None, None)  # not that of a copy in other types
+        if not runtime.as_float32:
+            latencies = measure_latency((first, second), feeds, runtime)
     names = [each.graph.name or "model" if isinstance(each, onnx.ModelProto) else str(each) for each in (a, b)]
     one = calibration.feeds([0])
     sides = [_side(*each, one) for each in zip(names, (first, second), latencies, strict=True)]
@@ -124,8 +128,7 @@ def compare(
     return Comparison(sides[0], sides[1], fidelity, calibration.source, fed, calibration.warnings)
 
 
-def _side(name: str, model: onnx.ModelProto, latency: Latency, feeds: Mapping[str, Array]) -> Side:
-
+def _side(name: str, model: onnx.ModelProto, latency: Latency | None, feeds: Mapping[str, Array]) -> Side:
     return Side(name, count_model_macs(model, feeds), params(model), model.ByteSize(), latency)
 
 
