@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +13,7 @@ from onnxprune import rules
 from onnxprune.axes import BoundRelation, Refusal
 from onnxprune.errors import InputError
 from onnxprune.graph import FLOATS, Graph, Node
-from onnxprune.groups import AxisId, Coupling, Group, Kind, Seed, Statement, couple
+from onnxprune.groups import VARYING, AxisId, Coupling, Group, Kind, Seed, Statement, couple
 from onnxprune.layers import Layer, contracted_axes, layer_of, made_axes, silencing, weighted_axes
 from onnxprune.macs import MacTerm, holds_macs, mac_terms
 from onnxprune.probe import Shapes
@@ -135,9 +136,46 @@ def state(node: Node, graph: Graph, shapes: Shapes) -> Statement:
     return Statement(node.label, node.op, relation, operands, node.outputs, not missing)
 
 
-def outside_seeds(graph: Graph, shapes: Shapes, known: dict[str, tuple[int, ...]]) -> list[Seed]:
-    """Axes that the graph itself freezes: inputs, outputs, dynamic sizes."""
+def partly_static(statements: Iterable[Statement]) -> set[AxisId]:
+    """Axes that are products of static and dynamic factors, and that no operator takes for single positions.
+
+    Some operator says so of the axis, or of one that others carry it to unchanged.
+    """
+    parent: dict[AxisId, AxisId] = {}
+
+    def root(place: AxisId) -> AxisId:
+        while (above := parent.setdefault(place, place)) != place:
+            parent[place] = parent[above]
+            place = above
+        return place
+
+    products: set[AxisId] = set()
+    positions: set[AxisId] = set()
+    for statement in statements:
+        relation = statement.relation
+        if isinstance(relation, Refusal):
+            continue
+        same: dict[str, AxisId] = {}
+        for names, side in ((statement.inputs, relation.inputs), (statement.outputs, relation.outputs)):
+            for name, operand in zip(names, side, strict=False):
+                for axis, bound in enumerate(operand):
+                    if bound.mapped:
+                        positions.add((name, axis))
+                    elif len(bound.letters) == 1:
+                        first = same.setdefault(bound.letters[0], (name, axis))
+                        parent[root((name, axis))] = root(first)
+                    elif set(bound.letters) & relation.varying and set(bound.letters) - relation.varying:
+                        products.add((name, axis))
+    classes = {root(place) for place in products} - {root(place) for place in positions}
+    return {place for place in [*parent] if root(place) in classes}
+
+
+def outside_seeds(
+    graph: Graph, shapes: Shapes, known: dict[str, tuple[int, ...]], statements: Iterable[Statement] = ()
+) -> list[Seed]:
+    """Axes that the graph itself freezes: inputs, outputs, dynamic sizes without a static factor."""
     seeds = []
+    partly = partly_static(statements)
     inputs = {spec.name for spec in graph.inputs}
     for name, shape in known.items():
         if name in inputs:
@@ -152,8 +190,8 @@ def outside_seeds(graph: Graph, shapes: Shapes, known: dict[str, tuple[int, ...]
             for axis, size in enumerate(shape):
                 if size == 1:
                     seeds.append(Seed(Kind.ONE, "an axis of size one", "", "", name, axis))
-                elif not shapes.is_static(name, axis):
-                    seeds.append(Seed(Kind.DYNAMIC, "a size that depends on the data", "", "", name, axis))
+                elif not shapes.is_static(name, axis) and (name, axis) not in partly:
+                    seeds.append(Seed(Kind.DYNAMIC, VARYING, "", "", name, axis))
     return seeds
 
 
@@ -209,7 +247,7 @@ def analyse(
         if shapes.known(name) and (shape := shapes.shape(name)) is not None
     }
     statements = tuple(state(node, graph, shapes) for node in graph.nodes)
-    seeds = [*extra_seeds, *outside_seeds(graph, shapes, known)]
+    seeds = [*extra_seeds, *outside_seeds(graph, shapes, known, statements)]
     chosen = chosen_nodes(graph, only, exclude)
     if chosen is not None:
         for node, statement in zip(graph.nodes, statements, strict=True):

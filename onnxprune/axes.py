@@ -117,6 +117,7 @@ class BoundRelation:
 
     ``zero`` says when a slice of the outputs is zero: one of its clauses holds, that is, the slice is zero in all
     inputs that the clause names. ``silenced`` are the inputs whose removed slices are made zero: stored weights.
+    ``varying`` are letters of product axes whose size depends on the data: a batch beside heads.
     """
 
     inputs: tuple[tuple[BoundAxis, ...], ...]
@@ -125,6 +126,7 @@ class BoundRelation:
     maps: tuple[IndexMap, ...] = field(default=())
     zero: tuple[tuple[int, ...], ...] = ()
     silenced: frozenset[int] = frozenset()
+    varying: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         sides = (", ".join(" ".join(map(str, operand)) for operand in side) for side in (self.inputs, self.outputs))

@@ -53,7 +53,10 @@ class AxisSizes:
         self.base = np.ones(len(self.index) + 1)
         for group in groups:
             for axis in group.axes:
-                self.slope[self.index[axis.tensor, axis.axis], group.index] += axis.positions.shape[1]
+                held = (axis.tensor, axis.axis)
+                # of an axis with a dynamic factor, as many more positions as it is longer here
+                longer = analysis.nominal.size(*held) / analysis.shapes.size(*held)
+                self.slope[self.index[held], group.index] += axis.positions.shape[1] * longer
         units = np.array([g.units for g in groups], dtype=np.float64)
         for (tensor, place), row in self.index.items():
             self.base[row] = analysis.nominal.size(tensor, place) - self.slope[row] @ units

@@ -19,6 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from onnxprune.axes import BoundAxis, BoundRelation, Refusal
 
 AxisId = tuple[str, int]
+VARYING = "a size that depends on the data"
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +189,8 @@ class _Builder:
                 if not bound.claimed:
                     reason = f"{statement.op} gives no rule for this axis"
                     self.freeze_statement(statement, Kind.UNCLAIMED, reason, [(name, axis)])
-        whole: dict[str, tuple[Kind, str]] = {}  # letters that cannot be cut, and why
+        # letters that cannot be cut, and why
+        whole = dict.fromkeys(sorted(relation.varying), (Kind.DYNAMIC, VARYING))
         mixes = f"{statement.op} mixes the values of this axis"
         sums = f"{statement.op} sums over this axis, and a silenced channel is not zero there"
         for _, bound in occurrences:

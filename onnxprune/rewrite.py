@@ -40,9 +40,19 @@ class _Cut:
     shapes: Shapes
     kept: Mapping[AxisId, np.ndarray]
 
-    def of(self, name: str) -> tuple[np.ndarray | None, ...]:
-        """Kept positions per axis of a tensor."""
-        return tuple(self.kept.get((name, axis)) for axis in range(len(self.shapes.shape(name) or ())))
+    def of(self, name: str, which: int = 0) -> tuple[np.ndarray | None, ...]:
+        """Kept positions per axis of a tensor, at one of the probes.
+
+        Of an axis that is a product with a dynamic factor, only their number means something at another probe.
+        """
+        found: list[np.ndarray | None] = []
+        for axis, size in enumerate(self.shapes.shape(name) or ()):
+            left = self.kept.get((name, axis))
+            there = self.shapes.probes[which].shapes[name][axis]
+            if left is not None and there != size:
+                left = np.arange(len(left) * there // size)
+            found.append(left)
+        return tuple(found)
 
     def take(self, name: str, array: np.ndarray) -> np.ndarray:
         """What is left of a tensor's values."""
@@ -54,7 +64,7 @@ class _Cut:
     def new_shape(self, name: str, which: int) -> tuple[int, ...]:
         """The tensor's shape after the cut, at one of the probes."""
         old = self.shapes.probes[which].shapes[name]
-        return tuple(size if left is None else len(left) for size, left in zip(old, self.of(name), strict=True))
+        return tuple(size if left is None else len(left) for size, left in zip(old, self.of(name, which), strict=True))
 
 
 def rewrite(
@@ -120,7 +130,7 @@ def _repair_nodes(model: onnx.ModelProto, analysis: Analysis, cut: _Cut) -> None
         proto = model.graph.node[node.index]
         row = row_for(node.domain, node.op, graph.opsets.get(node.domain, 1))
         if row is not None and row.repair is not None and _touched(node, cut):
-            repairs = [row.repair(view(node, graph, shapes, which), _kept(node, cut)) for which in count]
+            repairs = [row.repair(view(node, graph, shapes, which), _kept(node, cut, which)) for which in count]
             _set_attributes(proto, repairs[0].attributes)
             if repairs[0].factor != 1:
                 patcher.scale(node, repairs[0].factor)
@@ -138,8 +148,9 @@ def _touched(node: Node, cut: _Cut) -> bool:
     return any(left is not None for name in (*node.inputs, *node.outputs) if name for left in cut.of(name))
 
 
-def _kept(node: Node, cut: _Cut) -> Kept:
-    return Kept(tuple(cut.of(n) if n else () for n in node.inputs), tuple(cut.of(n) if n else () for n in node.outputs))
+def _kept(node: Node, cut: _Cut, which: int) -> Kept:
+    inputs, outputs = (tuple(cut.of(n, which) if n else () for n in names) for names in (node.inputs, node.outputs))
+    return Kept(inputs, outputs)
 
 
 def _set_attributes(proto: onnx.NodeProto, attributes: Mapping[str, object]) -> None:
@@ -180,7 +191,8 @@ class _Patcher:
                 continue
             for index, operand in places:
                 self._give(self.graph.nodes[index], operand, wanted[index, operand])
-        for index, node in sorted(self.inserted, key=lambda pair: pair[0], reverse=True):
+        self.inserted.sort(key=lambda pair: pair[0])
+        for index, node in reversed(self.inserted):  # the last one first: nodes at one place keep their order
             self.model.graph.node.insert(index, node)
 
     def scale(self, node: Node, factor: float) -> None:
@@ -245,16 +257,32 @@ class _Patcher:
         return found if len(found) == count else None
 
     def _mix(self, node: Node, name: str, now: list[np.ndarray], values: list[np.ndarray]) -> str:
-        """Computed elements that are still right stay; static ones become numbers."""
+        """Computed elements that are still right stay; static ones become numbers, and multiples are scaled."""
+        if now[0].shape != values[0].shape:
+            raise self._refuse(node, name)
         static = np.all([v == values[0] for v in values], axis=0)
         right = np.all([a == b for a, b in zip(now, values, strict=True)], axis=0)
-        if now[0].shape != values[0].shape or not (static | right).all():
+        # heads times a batch: as much smaller at every probe
+        alike = [(a > 0) & (b > 0) & (b * now[0] == values[0] * a) for a, b in zip(now, values, strict=True)]
+        scaled = np.all(alike, axis=0) & ~static & ~right & (now[0].dtype.kind in "iu")
+        if not (static | right | scaled).all():
             raise self._refuse(node, name)
-        mask = self._constant(f"{name}_static", static & ~right)
-        numbers = self._constant(f"{name}_kept", np.where(static, values[0], 0).astype(values[0].dtype))
-        output = self._fresh(f"{name}_mended")
-        where = onnx.helper.make_node("Where", [mask, numbers, name], [output], name=output)
-        self.inserted.append((node.index, where))
+        result = name
+        if scaled.any():
+            common = np.gcd(now[0], values[0])
+            for op, factor in (("Mul", values[0]), ("Div", now[0])):
+                number = self._constant(f"{name}_{op.lower()}", np.where(scaled, factor // np.maximum(common, 1), 1))
+                result = self._insert(node, op, [result, number], f"{name}_scaled")
+        if (static & ~right).any():
+            mask = self._constant(f"{name}_static", static & ~right)
+            numbers = self._constant(f"{name}_kept", np.where(static, values[0], 0).astype(values[0].dtype))
+            result = self._insert(node, "Where", [mask, numbers, result], f"{name}_mended")
+        return result
+
+    def _insert(self, node: Node, op: str, inputs: list[str], base: str) -> str:
+        """A new node before this one."""
+        output = self._fresh(base)
+        self.inserted.append((node.index, onnx.helper.make_node(op, inputs, [output], name=output)))
         return output
 
     def _refuse(self, node: Node, name: str) -> CannotRepair:
@@ -299,7 +327,10 @@ def _update_declared(model: onnx.ModelProto, cut: _Cut) -> None:
         dims = value.type.tensor_type.shape.dim
         for axis, left in enumerate(cut.of(value.name)):
             if left is not None and axis < len(dims):
-                dims[axis].dim_value = len(left)
+                if cut.shapes.is_static(value.name, axis):
+                    dims[axis].dim_value = len(left)
+                else:  # a symbol that other tensors have too stands for the old size
+                    dims[axis].Clear()
 
 
 def _merge_copies(model: onnx.ModelProto, copies: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,8 @@ from builder import RUNTIME, Builder, analysed, pruned, random_plan, run, shapes
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.analysis import Analysis
+from onnxprune.costs import CostModel
+from onnxprune.counting import count_model_macs, nominal_shapes
 from onnxprune.plan import Plan, removed_positions
 from onnxprune.rewrite import rewrite
 from onnxprune.verify import prove, silence
@@ -258,6 +261,24 @@ def block_assignment() -> onnx.ModelProto:
     rows = np.meshgrid(np.arange(2), np.arange(6), np.arange(1, 6), indexing="ij")
     part = g.Slice(g.conv(x, 6), g.const([0]), g.const([5]), g.const([2]))
     return g.model(g.conv(g.ScatterND(x, g.const(np.stack(rows, axis=-1)), part), 3))
+
+
+@graph
+def heads_beside_the_batch() -> onnx.ModelProto:
+    g = Builder()
+    x = g.input("x", ["n", "t", 6])
+    shape = g.Shape(x)
+    batch, length = (g.Gather(shape, g.const([k])) for k in (0, 1))
+
+    def heads(width: int) -> str:
+        y = g.LpNormalization(g.Reshape(g.linear(x, 4 * width), g.const([0, 0, 4, width])))  # only whole heads may go
+        flat = g.Concat(g.Mul(batch, g.const([4])), length, g.const([width]), axis=0)
+        return g.Reshape(g.Transpose(y, perm=[0, 2, 1, 3]), flat)
+
+    scores = g.Softmax(g.MatMul(heads(3), g.Transpose(heads(3), perm=[0, 2, 1])), axis=-1)
+    back = g.Reshape(g.MatMul(scores, heads(5)), g.Concat(batch, g.const([4]), length, g.const([5]), axis=0))
+    y = g.Reshape(g.Transpose(back, perm=[0, 2, 1, 3]), g.const([0, 0, 20]))
+    return g.model(g.MatMul(y, g.weight(20, 5)))
 
 
 @graph
@@ -514,3 +535,14 @@ def test_a_number_of_findings_is_not_taken_for_a_size(channels: str) -> None:
     feeds = {"x": np.ones((2, 3, 6, 6), np.float32), "y": y}
     assert run(new, feeds)[0].shape[0] == 4
     prove(analysis, plan, new, [feeds], RUNTIME)
+
+
+def test_heads_beside_the_batch_are_counted_at_any_size() -> None:
+    model = heads_beside_the_batch()
+    analysis, _ = analysed(model)
+    assert [group.units for group in analysis.groups] == [4]
+    data = {"x": np.zeros((7, 11, 6), np.float32)}
+    there = dataclasses.replace(analysis, nominal=nominal_shapes(analysis.graph, RUNTIME, data))
+    plan = random_plan(analysis)
+    new = rewrite(analysis, plan)
+    assert CostModel(there).total(plan.counts(analysis)) == count_model_macs(new, data)

@@ -139,17 +139,31 @@ def describe(op: OpView, row: Row | None = None) -> BoundRelation | Refusal:
     if isinstance(relation, Refusal):
         return relation
     sizes = row.sizes(op) if row.sizes else None
-    ins = [None if s is None else tuple(axis[0] for axis in s) for s in op.in_sizes]
-    outs = [None if s is None else tuple(axis[0] for axis in s) for s in op.out_sizes]
     try:
-        bound = bind(relation, ins, outs, sizes)
+        bound = bind(relation, _shapes_at(op.in_sizes, 0), _shapes_at(op.out_sizes, 0), sizes)
+        varying = _varying(op, relation, bound, sizes)
     except NotationError as error:
         return Refusal(f"the rule of {op.op} does not fit this call ({error})")
     zero = row.zero(op) if callable(row.zero) else row.zero
     if zero == ALL:
-        zero = (tuple(range(len(ins))),)
+        zero = (tuple(range(len(op.in_sizes))),)
     silenced = frozenset(k for k in row.weights if k < len(op.constant) and op.constant[k])
-    return replace(bound, zero=zero, silenced=silenced)
+    return replace(bound, zero=zero, silenced=silenced, varying=varying)
+
+
+def _shapes_at(sizes: Sequence[Sizes | None], which: int) -> list[Shape | None]:
+    return [None if s is None else tuple(axis[which] for axis in s) for s in sizes]
+
+
+def _varying(op: OpView, relation: Relation, bound: BoundRelation, sizes: Mapping[str, int] | None) -> frozenset[str]:
+    """Letters whose size is another one at another probe, of relations that have products."""
+    if not any(len(axis.letters) > 1 for operand in (*bound.inputs, *bound.outputs) for axis in operand):
+        return frozenset()
+    probes = max((len(axis) for s in (*op.in_sizes, *op.out_sizes) if s for axis in s), default=1)
+    others = [
+        bind(relation, _shapes_at(op.in_sizes, k), _shapes_at(op.out_sizes, k), sizes).sizes for k in range(1, probes)
+    ]
+    return frozenset(x for x, size in bound.sizes.items() if any(other[x] != size for other in others))
 
 
 def letters(shape: Sequence[int], prefix: str = "a") -> list[str]:
