@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from onnxprune.cost import Latency, measure_latency, params
 from onnxprune.costs import CostModel
 from onnxprune.counting import count_model_macs, count_peak_memory, nominal_shapes
 from onnxprune.data import Calibration, Preprocessing, load_calibration
+from onnxprune.deployed import deployed_feeds
 from onnxprune.errors import InputError, InternalError
 from onnxprune.graph import Graph, digest, read_model, write_bytes
 from onnxprune.groups import Kind, Seed
@@ -26,6 +28,7 @@ from onnxprune.pipeline import Chooser
 from onnxprune.plan import Plan, removed_positions
 from onnxprune.probe import probe
 from onnxprune.progress import Progress
+from onnxprune.promise import MISSED, Timing
 from onnxprune.report import (
     Achieved,
     DataEntry,
@@ -38,8 +41,9 @@ from onnxprune.report.overview import frozen_entries
 from onnxprune.rewrite import CannotRepair, rewrite
 from onnxprune.runtime import Runtime
 from onnxprune.selection import FROM_ACTIVATIONS, METHODS
-from onnxprune.targets import UNITS, Wanted, counted_costs, limits, widths
-from onnxprune.verify import prove
+from onnxprune.stopwatch import default_cache
+from onnxprune.targets import UNITS, Limit, Wanted, counted_costs, limits, multiple_of, widths
+from onnxprune.verify import Proof, prove
 
 __all__ = ["Inspection", "Result", "analyze", "compare", "count_model_macs", "prune"]
 
@@ -52,6 +56,7 @@ _NOT_IN_ITS_TYPES = (
 )
 _FEWEST_TO_SPLIT = 10
 _MOST_HELD_OUT = 500
+_FINISHED_AT_MOST = 3  # networks, where the first do not keep a promise about time
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +95,10 @@ def prune(
     max_macs: float | None = None,
     max_params: float | None = None,
     max_memory: float | None = None,
+    round_to: int | str | None = None,
+    target: str | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    batch: int | None = None,
     data: object = None,
     samples: int | None = None,
     batch_size: int | None = None,
@@ -110,10 +119,15 @@ def prune(
         model: a file, or the model itself.
         speedup: cost before / after, counted on the model that comes out.
         by: what cost is: macs (multiply-accumulates), params (stored floating-point numbers), memory (the most bytes
-            of activations that are alive at once).
+            of activations that are alive at once), or latency (time of a run, measured with ``provider`` and
+            ``threads`` at the deployed sizes).
         max_macs: at most so many may be left, besides.
         max_params: the same of parameters.
         max_memory: the same of the peak of the activations' bytes.
+        round_to: keep multiples of so many channels, or whole groups; "auto" is the target's number.
+        target: a deployment that is not at hand, by its name in `onnxprune.targets.TARGETS`.
+        shapes: deployed sizes: whole shapes of inputs, by name; those of a sample where none is given.
+        batch: deployed size of the open first axis of the inputs.
         data: calibration data (see `onnxprune.data`); nothing means a neighbour of the file, or random data.
         samples: how many of them to use.
         batch_size: samples per run; chosen by memory if not given.
@@ -135,6 +149,7 @@ def prune(
     """
     most = {"macs": max_macs, "params": max_params, "memory": max_memory}
     wanted = Wanted(speedup, by, {name: value for name, value in most.items() if value is not None})
+    multiple = multiple_of(round_to, target)
     _check_options(select, samples, batch_size)
     progress = progress or Progress()
     runtime = Runtime(provider, threads)
@@ -162,11 +177,21 @@ def prune(
     with progress.stage("groups"):
         prepared = _prepare(graph, runtime, calibration, reconstruct, only, exclude)
     analysis = prepared.analysis
-    batch = calibration.feeds([0])
-    before = _measures(original, batch)
+    sample = calibration.feeds([0])
+    deployed = deployed_feeds(graph.inputs, sample, shapes, batch)
+    before = _measures(original, sample)
     costs = counted_costs(analysis, {by, *wanted.most}, prepared.copies)
-    choices = widths(analysis)
+    choices = widths(analysis, multiple)
     budget = limits(analysis, wanted, costs, before.counted(), choices, best_effort)
+    timing = None
+    if by == "latency":
+        if runtime.as_float32:
+            raise InputError(
+                "onnxruntime has no kernels for the types of this model, so its latency cannot be measured"
+            )
+        cut = functools.partial(_cut, prepared)
+        timing = Timing(analysis, original, deployed, runtime, wanted, cut, default_cache(), progress)
+        choices = timing.measure(choices, best_effort)
     warnings = list(calibration.warnings)
     if len(calibration) < _FEWEST_TO_SPLIT:
         warnings.append(
@@ -179,31 +204,30 @@ def prune(
     if uses_data:
         chooser.collect()
     chooser.rank()
-    counts = chooser.allocate(budget, choices, measured=uses_data)
-    arrays: Mapping[str, np.ndarray] = {}
-    if reconstruct:
-        arrays = chooser.sweep(counts)
-    else:
-        chooser.choose(counts)
-    names = {info.group.index: info.name for info in analysis.groups}
-    plan = Plan(digest(original), {names[g]: tuple(int(i) for i in kept) for g, kept in sorted(chooser.kept.items())})
-    with progress.stage("prove"):
-        spare = [name for name in prepared.biases if name not in arrays]
-        sliced = rewrite(analysis, plan, copies=prepared.copies)
-        tried = [p.feeds for p in analysis.shapes.probes]
-        proof = prove(analysis, plan, sliced, tried, runtime)
-        pruned = rewrite(analysis, plan, arrays, prepared.copies)
-        drop_biases(pruned, spare)
-        _check_written(pruned, original)
+
+    def allocate(found: list[Limit]) -> np.ndarray:
+        return chooser.allocate(found, choices, measured=uses_data)
+
+    counts = np.empty(0, np.int64)
+    for _ in range(_FINISHED_AT_MOST):
+        before_that, counts = counts, timing.solve(allocate, budget) if timing else allocate(budget)
+        if np.array_equal(before_that, counts):
+            break
+        plan, pruned, proof = _finish(prepared, chooser, counts, original, runtime, reconstruct)
+        if timing is None or timing.keeps_promise(pruned, counts):
+            break
     with progress.stage("measure"):
         times: Sequence[Latency | None] = (None, None)
         if runtime.as_float32:
             warnings.append(_NOT_IN_ITS_TYPES)
         else:
-            times = measure_latency([original, pruned], batch, runtime)
+            times = measure_latency([original, pruned], deployed, runtime)
         fidelity = measure_fidelity(original, pruned, held_out, batch_size or 32, runtime)
-        before, after = replace(before, latency_ms=times[0]), _measures(pruned, batch, times[1])
+        before, after = replace(before, latency_ms=times[0]), _measures(pruned, sample, times[1])
         achieved = Achieved.of(before, after)
+    entry = timing.entry() if timing else None
+    if entry is not None:
+        achieved = replace(achieved, latency=entry.measured.ratio)
     warnings += [*chooser.notes, *_misses(wanted, achieved, after)]
     report = Report(
         target=Target(wanted.speedup, wanted.by),
@@ -228,7 +252,8 @@ def prune(
         versions=_versions(),
         hashes={"model": plan.model, "pruned": digest(pruned), "data": calibration.digest},
         warnings=tuple(warnings),
-        options={"select": select, "reconstruct": reconstruct, "only": only, "exclude": exclude},
+        options={"select": select, "reconstruct": reconstruct, "only": only, "exclude": exclude, "multiple": multiple},
+        latency=entry,
     )
     return Result(pruned, report, plan)
 
@@ -313,6 +338,40 @@ def _prepare(
             seeds += more
 
 
+def _cut(prepared: _Prepared, counts: np.ndarray) -> onnx.ModelProto:
+    """The network with the first units of every group, which takes as long as with any others."""
+    kept = {g.name: tuple(range(int(n))) for g, n in zip(prepared.analysis.groups, counts, strict=True)}
+    return rewrite(prepared.analysis, Plan("", kept), copies=prepared.copies)
+
+
+def _finish(
+    prepared: _Prepared,
+    chooser: Chooser,
+    counts: np.ndarray,
+    original: onnx.ModelProto,
+    runtime: Runtime,
+    reconstruct: bool,
+) -> tuple[Plan, onnx.ModelProto, Proof]:
+    """Choose units, fit weights, prove the cut, and make the model."""
+    analysis = prepared.analysis
+    arrays: Mapping[str, np.ndarray] = {}
+    if reconstruct:
+        arrays = chooser.sweep(counts)
+    else:
+        chooser.choose(counts)
+    names = {info.group.index: info.name for info in analysis.groups}
+    plan = Plan(digest(original), {names[g]: tuple(int(i) for i in kept) for g, kept in sorted(chooser.kept.items())})
+    with chooser.progress.stage("prove"):
+        spare = [name for name in prepared.biases if name not in arrays]
+        sliced = rewrite(analysis, plan, copies=prepared.copies)
+        tried = [p.feeds for p in analysis.shapes.probes]
+        proof = prove(analysis, plan, sliced, tried, runtime)
+        pruned = rewrite(analysis, plan, arrays, prepared.copies)
+        drop_biases(pruned, spare)
+        _check_written(pruned, original)
+    return plan, pruned, proof
+
+
 def _measures(model: onnx.ModelProto, batch: Mapping[str, np.ndarray], latency: Latency | None = None) -> Measures:
     macs, memory = count_model_macs(model, batch), count_peak_memory(model, batch)
     return Measures(macs, params(model), model.ByteSize(), latency, memory)
@@ -332,9 +391,8 @@ def _misses(wanted: Wanted, achieved: Achieved, after: Measures) -> list[str]:
     found = []
     ratio, unit = achieved.of_unit(wanted.by), UNITS[wanted.by]
     tight = not wanted.most  # another limit may ask for more than the ratio does
-    if ratio is not None and not (
-        wanted.speedup * (1 - 1e-9) <= ratio and (ratio <= wanted.speedup * SLACK or not tight)
-    ):
+    low, high = wanted.speedup * (1 - (MISSED if wanted.by == "latency" else 1e-9)), wanted.speedup * SLACK
+    if ratio is not None and not (low <= ratio and (ratio <= high or not tight)):
         found.append(f"asked for {wanted.speedup:g}x in {unit}, counted {ratio:.3g}x: the widths allow no closer")
     for name, most in wanted.most.items():
         if after.counted()[name] > most:

@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxprune.costs import Cost, Several
 
-_SHARINGS = 12  # of a price among several limits
+_SHARINGS = 6  # of a price among several limits
 _SHARPNESS = 2.0  # with which price moves to the scarcest
 
 
@@ -59,7 +59,7 @@ def allocate(
         choices: per group the kept counts to choose from, ascending; all of them from one on, unless given.
 
     Returns:
-        (groups,) kept counts; the fewest where even they cost more.
+        (groups,) kept counts; those of least cost where even they cost more.
     """
     curves = [_finite(curve) for curve in curves]
     choices = choices or every_count([len(curve) - 1 for curve in curves])
@@ -73,6 +73,7 @@ def allocate(
         if cost.total(found) <= limit:
             best = found
             break
+        best = found  # the least cost that any price reaches
         low, high = high, high * 4.0
     for _ in range(40):
         middle = (low + high) / 2.0

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from onnxprune.progress import Progress
 
 PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "coreml", "dml")
-BUDGETS = ("macs", "params", "memory")
+BUDGETS = ("macs", "params", "memory", "latency")
 SELECTIONS = ("greedy", "lasso", "l1", "slimming", "random")
 INTERRUPTED = 130
 
@@ -67,6 +67,24 @@ def _count(value: object) -> float:
         if 0 < number < math.inf:
             return number
     raise click.BadParameter(f"expected a number above 0 such as 5M, found '{value}'.")
+
+
+def _shape(value: object) -> tuple[str, tuple[int, ...]]:
+    name, _, sizes = str(value).rpartition(":")
+    with contextlib.suppress(ValueError):
+        shape = tuple(int(part) for part in sizes.replace("x", ",").split(","))
+        if name and min(shape) > 0:
+            return name, shape
+    raise click.BadParameter(f"expected a name and sizes such as input:1,3,224,224, found '{value}'.")
+
+
+def _multiple(value: object) -> int | str:
+    with contextlib.suppress(ValueError):
+        if int(str(value)) > 0:
+            return int(str(value))
+    if value == "auto":
+        return "auto"
+    raise click.BadParameter(f"expected a number of at least 1 or auto, found '{value}'.")
 
 
 def _fraction(text: str) -> float:
@@ -155,11 +173,23 @@ def cli() -> None:
     "--by",
     type=click.Choice(BUDGETS),
     default="macs",
-    help="What cost is: macs, params (stored numbers), memory (peak bytes of activations). Default macs.",
+    help="What cost is: macs, params (stored numbers), memory (peak bytes of activations), or latency (time of a run,"
+    " measured here). Default macs.",
 )
 @click.option("--max-macs", type=_count, metavar="N", help="At most N MACs, besides (5M is five million).")
 @click.option("--max-params", type=_count, metavar="N", help="At most N parameters, besides.")
 @click.option("--max-memory", type=_count, metavar="BYTES", help="At most so many bytes of activations, besides.")
+@click.option(
+    "--shape",
+    "shapes",
+    type=_shape,
+    multiple=True,
+    metavar="NAME:N,C,…",
+    help="Deployed shape of an input, for latency (default: that of one sample).",
+)
+@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Deployed batch, for latency.")
+@click.option("--round-to", type=_multiple, metavar="N|auto", help="Keep multiples of N channels, or whole groups.")
+@click.option("--target", metavar="NAME", help="Round to what suits a target: cpu-avx512, tensorrt, hexagon, …")
 @click.option("-o", "--output", type=_FILE, metavar="FILE", help="Default: MODEL.pruned.onnx beside the model.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--report", "report_path", type=_FILE, metavar="FILE.json", help="Write the report here.")
@@ -205,7 +235,7 @@ def prune(
     from onnxprune.report import to_json
 
     with _progress(quiet) as progress:
-        options |= {"preprocessing": preprocessing, "progress": progress}
+        options |= {"preprocessing": preprocessing, "progress": progress, "shapes": dict(options["shapes"])}
         result = api.prune(model, data=data, reconstruct=not no_reconstruct, **options)
     before = report_path.read_bytes() if report_path is not None and report_path.is_file() else None
     if report_path is not None:

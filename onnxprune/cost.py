@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,58 @@ def measure_latency(
     Raises:
         InputError: onnxruntime refuses a model, or cannot run it on these feeds.
     """
+    rounds = _rounds(models, feeds, runtime, time.perf_counter, seconds, min_runs, max_runs)
+    return [_summary([1000 * t for t in each]) for each in rounds]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times less a second model takes than a first, with a 95 % interval, and seconds of the first.
+
+    ``clock`` is wall, or thread: the processor time of the one thread that computes.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    seconds: float
+    rounds: int
+    clock: str
+
+
+def measure_ratio(
+    before: onnx.ModelProto,
+    after: onnx.ModelProto,
+    feeds: Mapping[str, Array],
+    runtime: Runtime,
+    *,
+    seconds: float = 3.0,
+    max_runs: int = 400,
+) -> Ratio:
+    """Time two models in turns: the median of the rounds' ratios, and the order statistics that enclose it.
+
+    Raises:
+        InputError: onnxruntime refuses a model, or cannot run it on these feeds.
+    """
+    first, second = _rounds([before, after], feeds, runtime, runtime.clock, seconds, 20, max_runs)
+    ratios = np.sort(np.array(first) / np.maximum(second, 1e-9))
+    count, middle = len(ratios), float(np.median(ratios))
+    half = 1.96 * np.sqrt(count) / 2  # ranks of a median are binomial
+    low, high = (int(np.clip(count / 2 + side * half, 0, count - 1)) for side in (-1, 1))
+    name = "thread" if runtime.computes_alone else "wall"
+    return Ratio(middle, float(ratios[low]), float(ratios[high]), float(np.median(first)), count, name)
+
+
+def _rounds(
+    models: Sequence[bytes | onnx.ModelProto],
+    feeds: Mapping[str, Array],
+    runtime: Runtime,
+    clock: Callable[[], float],
+    seconds: float,
+    min_runs: int,
+    max_runs: int,
+) -> list[list[float]]:
+    """Seconds of every model in every round, after some runs to warm up."""
     sessions = [runtime.session(model, spinning=True) for model in models]
     for session in sessions:
         start = time.perf_counter()
@@ -87,10 +139,10 @@ def measure_latency(
             break
         order = range(len(sessions))
         for index in order if round_number % 2 == 0 else reversed(order):
-            before = time.perf_counter()
+            before = clock()
             _run(sessions[index], feeds)
-            times[index].append(1000 * (time.perf_counter() - before))
-    return [_summary(each) for each in times]
+            times[index].append(clock() - before)
+    return times
 
 
 def _summary(times: Sequence[float]) -> Latency:

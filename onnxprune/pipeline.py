@@ -161,6 +161,7 @@ class Chooser:
 
     def sweep(self, counts: np.ndarray) -> Arrays:
         """Choose and fit from reader to reader; returns new stored tensors in their original shapes."""
+        self.errors.clear()
         self.choose(counts)
         pending = self._chosen_on_the_way(counts)
         arrays: Arrays = {}

@@ -14,6 +14,34 @@ from onnxprune.errors import InputError, UnreachableTarget
 
 UNITS = {"macs": "MACs", "params": "parameters", "memory": "bytes of activations at the peak", "latency": "latency"}
 
+# what channel counts are best multiples of, on targets that are not at hand, and who says so
+TARGETS: Mapping[str, tuple[int, str]] = {
+    "cpu-avx2": (8, "onnxruntime/core/mlas/lib/platform.cpp: NchwcBlockSize = 8"),
+    "cpu-avx512": (16, "onnxruntime/core/mlas/lib/platform.cpp: NchwcBlockSize = 16 with AVX512F"),
+    "cuda": (8, "PyTorch Performance Tuning Guide: to use Tensor Cores, set sizes to multiples of 8"),
+    "tensorrt": (8, "TensorRT documentation, Data Format Descriptions: NHWC8 (FP16, channels padded to 8)"),
+    "tensorrt-int8": (32, "TensorRT documentation, TensorFormat::kCHW32 (INT8, channels padded to 32)"),
+    "hexagon": (32, "Qualcomm 80-63442-10, HTP guidelines: round channels up to a multiple of 32"),
+    "ti-npu": (4, "TI Neural Network Compiler, NPU guidelines: input and output channels are multiples of 4"),
+}
+
+
+def multiple_of(round_to: int | str | None, target: str | None) -> int:
+    """What channel counts are to be a multiple of: a number, or that of a target by its name.
+
+    Raises:
+        InputError: there is no such target, or nothing says which number is meant.
+    """
+    if target is not None and target not in TARGETS:
+        raise InputError(f"unknown target {target!r}; expected one of {', '.join(TARGETS)}")
+    if round_to is None or round_to == "auto":
+        if target is None and round_to is not None:
+            raise InputError("--round-to auto takes the number from --target; name one, or give the number")
+        return TARGETS[target][0] if target is not None else 1
+    if isinstance(round_to, str) or round_to < 1:
+        raise InputError(f"expected a number of at least 1 or auto for --round-to, found {round_to!r}")
+    return round_to
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -101,12 +129,12 @@ def limits(
     return found
 
 
-def unreachable(analysis: Analysis, wanted: Wanted, reachable: float) -> UnreachableTarget:
+def unreachable(analysis: Analysis, wanted: Wanted, reachable: float, where: str = "") -> UnreachableTarget:
     """What to say where the ratio cannot be reached."""
     unit = "" if wanted.by == "macs" else f" in {UNITS[wanted.by]}"
     return UnreachableTarget(
         f"a speed-up of {wanted.speedup:g}{unit} cannot be reached; the largest for this model is {reachable:.3g}"
-        f"{_what_holds(analysis)} (see onnxprune inspect; --best-effort goes as far as possible)",
+        f"{where}{_what_holds(analysis)} (see onnxprune inspect; --best-effort goes as far as possible)",
         reachable,
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 from onnxprune.comparison import Fidelity
 from onnxprune.cost import Latency
 from onnxprune.errors import InputError
+from onnxprune.promise import LatencyEntry
 from onnxprune.verify import Proof
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "FrozenEntry",
     "GroupEntry",
     "Latency",
+    "LatencyEntry",
     "Measures",
     "Proof",
     "Report",
@@ -132,6 +134,7 @@ class Report:
     ``removed`` names, per tensor of the original and axis, the positions that went. ``hashes`` are SHA-256 of the
     original (``model``), of what was written (``pruned``) and of the data (``data``). ``options`` are those that led
     to the choice of channels. ``limits`` are the most that was to be left of costs, by name, besides the target.
+    ``latency`` is given where the target is one of time.
     """
 
     target: Target
@@ -152,6 +155,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
+    latency: LatencyEntry | None = None
     schema_version: str = SCHEMA_VERSION
 
     def to_json(self) -> str:

@@ -82,6 +82,21 @@ def fidelity_lines(found: Fidelity) -> list[str]:
     return lines
 
 
+def latency_lines(report: Report) -> list[str]:
+    """The promise about time, in words; none where nothing was promised."""
+    found = report.latency
+    if found is None:
+        return []
+    seen, threads = found.measured, f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+    sizes = ", ".join(f"{clean(name)} {'x'.join(map(str, shape))}" for name, shape in found.shapes.items())
+    return [
+        f"asked for {report.target.speedup:g}x the speed, measured {seen.ratio:.2f}x (95 % interval {seen.low:.2f} to"
+        f" {seen.high:.2f}) on {found.provider}, {threads}, {sizes}; in MACs {report.achieved.macs:.2f}x",
+        f"{percent(found.fixed)} of the time stays however narrow the layers; largest measured {found.reachable:.2f}x;"
+        f" table of {found.models_measured + found.models_remembered} times, {found.models_remembered} from the cache",
+    ]
+
+
 def ratio(before: float, after: float) -> str:
     """How many times less."""
     return f"{before / after:.2f}x" if after else ""
@@ -136,6 +151,8 @@ def show_report(report: Report, out: Console, *, verbose: bool = False) -> None:
         table.add_row(*row)
     out.print(table)
     _line(out, _DIFFERENT)
+    for line in latency_lines(report):
+        _line(out, line)
     for line in fidelity_lines(report.fidelity) if report.fidelity else ():
         _line(out, line)
     if verbose:

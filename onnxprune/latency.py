@@ -1,0 +1,285 @@
+"""A cost model in seconds: the time of every part of a network over its widths, measured on the user's runtime."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+
+from onnxprune.analysis import Analysis
+from onnxprune.chains import Timed, signature
+from onnxprune.costs import Cost
+from onnxprune.errors import OnnxPruneError
+from onnxprune.parts import Part, parts_of
+from onnxprune.probe import Shapes
+from onnxprune.progress import Progress
+from onnxprune.staircase import Line, Surface
+from onnxprune.stopwatch import Stopwatch
+
+SECONDS = 60.0  # after which no further widths are measured
+_WAVES = 12
+_WORTH = 0.001  # of the time of all parts: steps that could win less are not looked for
+_INSIDE = ((0.5, 0.5), (0.5, 0.25), (0.25, 0.5))  # shares of both widths where their interplay is measured
+
+
+@dataclass(eq=False)
+class Kind:
+    """Parts that are alike: the same nodes on the same shapes, made narrower in the same steps."""
+
+    parts: list[Part]
+    lines: list[Line] = field(default_factory=list)
+    inside: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    @property
+    def first(self) -> Part:
+        """One that speaks for all."""
+        return self.parts[0]
+
+    def counts(self, widths: Sequence[int | None]) -> dict[int, int]:
+        """Kept counts of the first part for widths per side; None keeps a side whole."""
+        kept: dict[int, int] = {}
+        for side, width in enumerate(widths):
+            if width is not None:
+                kept |= self.first.counts(side, width)
+        return kept
+
+    def reached(self, kept: Mapping[int, int]) -> tuple[int, ...]:
+        """The widths that kept counts of the first part come to."""
+        units = [g.units for g in self.first.analysis.groups]
+        return tuple(int(w) for w in self.first.widths(np.array([kept.get(g, n) for g, n in enumerate(units)])))
+
+    def driven(self) -> Iterator[tuple[int, int, Callable[[int], int]]]:
+        """Sides that a single group makes narrower: the side, the group, and from its kept count to the width."""
+        for part in self.parts:
+            for side, groups in enumerate(part.sides):
+                if len(groups) == 1:
+                    base, slope = float(part.base[side]), float(part.slope[side, groups[0]])
+                    yield side, groups[0], functools.partial(_width, base, slope)
+
+    @property
+    def full(self) -> float:
+        """Seconds of one part where everything is kept."""
+        return self.lines[0].times[self.lines[0].full]
+
+
+def _width(base: float, slope: float, count: int) -> int:
+    return round(base + slope * count)
+
+
+class TimeCost(Cost):
+    """Seconds of a run over kept counts: what was measured of the whole, less what the parts win.
+
+    Attributes:
+        whole: seconds of the whole network as it is.
+        trust: how much of what the parts win alone is taken to be won in the network; corrected by what is seen there.
+    """
+
+    def __init__(self, analysis: Analysis, parts: Sequence[tuple[Part, Surface]], whole: float) -> None:
+        self.parts = list(parts)
+        self.units = np.array([g.units for g in analysis.groups], dtype=np.int64)
+        self.touching: list[list[int]] = [[] for _ in self.units]
+        for k, (part, _) in enumerate(self.parts):
+            for group in {g for side in part.sides for g in side}:
+                self.touching[group].append(k)
+        self.whole = whole
+        self.all_parts = float(self._of_parts(self.units).sum())
+        # the parts cannot take longer than the whole
+        self.trust = min(1.0, whole / self.all_parts) if self.all_parts > 0 else 1.0
+
+    def _of_parts(self, kept: np.ndarray) -> np.ndarray:
+        return np.array([float(surface.at(part.widths(kept))) for part, surface in self.parts])
+
+    def won(self, kept: np.ndarray) -> float:
+        """Seconds that the parts win alone."""
+        return self.all_parts - float(self._of_parts(kept).sum())
+
+    def total(self, kept: np.ndarray) -> float:
+        """Seconds for these kept counts."""
+        return self.whole - self.trust * self.won(kept)
+
+    def along(self, kept: np.ndarray, group: int, candidates: np.ndarray) -> np.ndarray:
+        """Seconds as one group's count runs over the candidates."""
+        many = np.asarray(candidates, dtype=np.float64)
+        moved = np.full(len(many), self.total(kept))
+        for k in self.touching[group]:
+            part, surface = self.parts[k]
+            now = part.widths(kept)
+            new = now + (many - kept[group])[:, None] * part.slope[:, group]
+            moved += self.trust * (surface.at(new) - float(surface.at(now)))
+        return moved
+
+    def fastest(self, choices: Sequence[np.ndarray]) -> np.ndarray:
+        """Choices that take the least time, as far as single groups tell; of equals the widest."""
+        best = np.array([c[-1] for c in choices], dtype=np.int64)
+        for start in ([c[0] for c in choices], [c[-1] for c in choices]):
+            kept = np.array(start, dtype=np.int64)
+            for _ in range(10):
+                before = kept.copy()
+                for g, candidates in enumerate(choices):
+                    seconds = self.along(kept, g, candidates)
+                    kept[g] = candidates[len(seconds) - 1 - int(np.argmin(seconds[::-1]))]
+                if (kept == before).all():
+                    break
+            if self.total(kept) < self.total(best):
+                best = kept
+        return best
+
+    def correct(self, kept: np.ndarray, seconds: float) -> None:
+        """Take note of what the network took at these kept counts."""
+        won = self.won(kept)
+        if won > 0:
+            self.trust = float(np.clip((self.whole - seconds) / won, 0.05, 20.0))
+
+
+def kinds_of(parts: Sequence[Part]) -> list[Kind]:
+    """Parts sorted by what is measured alike; those that cannot stand alone are left out."""
+    kinds: dict[object, Kind] = {}
+    for part in parts:
+        try:
+            key = signature(part.model({}))
+        except OnnxPruneError:
+            continue
+        steps = tuple(tuple(sorted(part.slope[k, list(groups)])) for k, groups in enumerate(part.sides))
+        kinds.setdefault((key, part.full, tuple(part.base), steps), Kind([])).parts.append(part)
+    return list(kinds.values())
+
+
+def measure_parts(
+    analysis: Analysis, deployed: Shapes, watch: Stopwatch, progress: Progress, seconds: float = SECONDS
+) -> list[Kind]:
+    """Time every kind of part over its widths, in waves of bisection.
+
+    Args:
+        analysis: of the network.
+        deployed: shapes at which it is used.
+        watch: measures, and remembers.
+        progress: advanced by one per wave.
+        seconds: after which no new widths are tried.
+    """
+    end = time.monotonic() + seconds
+    kinds = kinds_of(parts_of(analysis, deployed))
+    _measure(kinds, {(k, (None,) * len(kind.first.sides)) for k, kind in enumerate(kinds)}, watch, start=True)
+    kinds = [kind for kind in kinds if kind.lines]
+    total = sum(kind.full * len(kind.parts) for kind in kinds)
+    wanted: set[Point] = set()
+    for k, kind in enumerate(kinds):
+        for side, line in enumerate(kind.lines):
+            least = kind.reached(kind.counts(_only(kind, side, 0)))[side]
+            wanted |= {(k, _only(kind, side, width)) for width in line.first(least) if width < line.full}
+    for _ in range(_WAVES):
+        _measure(kinds, wanted, watch)
+        progress.advance()
+        gaps = []
+        for k, kind in enumerate(kinds):
+            for side, line in enumerate(kind.lines):
+                for drop, width in line.gaps(_WORTH * total / len(kind.parts)):
+                    gaps.append((-drop * len(kind.parts), k, _only(kind, side, width)))
+        wanted = {(k, widths) for _, k, widths in sorted(gaps, key=lambda gap: gap[:2])}
+        if not wanted or time.monotonic() > end:
+            break
+    wanted = set()
+    units = [g.units for g in analysis.groups]
+    steps = _counts(kinds, units, Line.corners)
+    for k, kind in enumerate(kinds):
+        for side, group, to_width in kind.driven():
+            for count in steps[group] or ():
+                width = to_width(count)
+                if width not in kind.lines[side].times:
+                    wanted.add((k, _only(kind, side, width)))
+        if len(kind.lines) == 2:
+            for shares in _INSIDE:
+                widths = tuple(_nearest(line, share) for line, share in zip(kind.lines, shares, strict=True))
+                wanted.add((k, widths))
+    _measure(kinds, wanted, watch)
+    return kinds
+
+
+def timed_choices(kinds: Sequence[Kind], choices: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Of kept counts to choose from, those whose time is known wherever the group stands alone.
+
+    Between them lie widths that would take as long, or longer. A group that never stands alone, or of which nothing
+    would be left, keeps its choices.
+    """
+    units = [int(c[-1]) for c in choices]
+    known = _counts(kinds, units, lambda line: list(line.times))
+    useful = _counts(kinds, units, Line.corners)
+    everywhere: list[set[int] | None] = [None] * len(units)
+    for kind in kinds:
+        for side, group, to_width in kind.driven():
+            here = {count for count in known[group] or () if to_width(count) in kind.lines[side].times}
+            before = everywhere[group]
+            everywhere[group] = here if before is None else before & here
+    found = []
+    for group, counts in enumerate(choices):
+        both = (everywhere[group] or set()) & ((useful[group] or set()) | {units[group]})
+        kept = np.array([c for c in counts.tolist() if c in both], dtype=np.int64)
+        found.append(kept if len(kept) and everywhere[group] is not None else counts)
+    return found
+
+
+def _counts(
+    kinds: Sequence[Kind], units: Sequence[int], widths_of: Callable[[Line], list[int]]
+) -> list[set[int] | None]:
+    """Per group the kept counts that give some line one of these widths; None where it never stands alone."""
+    found: list[set[int] | None] = [None] * len(units)
+    for kind in kinds:
+        of_lines = [set(widths_of(line)) for line in kind.lines]
+        for side, group, to_width in kind.driven():
+            new = {count for count in range(1, units[group] + 1) if to_width(count) in of_lines[side]}
+            found[group] = (found[group] or set()) | new
+    return found
+
+
+Point = tuple[int, tuple[int | None, ...]]  # a kind, and its widths
+
+
+def _only(kind: Kind, side: int, width: int) -> tuple[int | None, ...]:
+    return tuple(width if k == side else None for k in range(len(kind.first.sides)))
+
+
+def _nearest(line: Line, share: float) -> int:
+    return min((w for w in line.times if w < line.full), key=lambda w: abs(w - share * line.full), default=line.full)
+
+
+def _measure(kinds: Sequence[Kind], points: set[Point], watch: Stopwatch, *, start: bool = False) -> None:
+    """Time points and note them in the kinds; what cannot be made or run stays unknown."""
+    models: dict[str, onnx.ModelProto] = {}
+    where: list[tuple[int, tuple[int, ...], list[tuple[Timed, list[str]]]]] = []
+    for k, widths in sorted(points, key=str):
+        kind, kept = kinds[k], kinds[k].counts(widths)
+        try:
+            timed = kind.first.timed(kept)
+        except OnnxPruneError:
+            continue
+        keyed = []
+        for each in timed:
+            both = [each.model] if each.many is None else [each.model, each.many]
+            keys = [signature(model) for model in both]
+            models |= dict(zip(keys, both, strict=True))
+            keyed.append((each, keys))
+        where.append((k, kind.reached(kept), keyed))
+    found = watch.times(models)
+    for k, reached, keyed in where:
+        if not all(key in found for _, keys in keyed for key in keys):
+            continue
+        kind = kinds[k]
+        total = sum(each.seconds(found[keys[0]], found[keys[1]] if len(keys) > 1 else None) for each, keys in keyed)
+        seconds = max(total, 0.01 * found[keyed[0][1][0]])
+        if start:
+            kind.lines = [Line(width, {width: seconds}) for width in reached]
+            continue
+        narrow = [side for side, width in enumerate(reached) if width < kind.lines[side].full]
+        if len(narrow) == 1:
+            kind.lines[narrow[0]].times[reached[narrow[0]]] = seconds
+        elif len(narrow) == 2:
+            kind.inside[reached[0], reached[1]] = seconds
+
+
+def time_cost(analysis: Analysis, kinds: Sequence[Kind], whole: float) -> TimeCost:
+    """The cost model of a network whose parts were measured, and that takes ``whole`` seconds as it is."""
+    surfaces = [(kind, Surface.through(tuple(kind.lines), kind.inside)) for kind in kinds]
+    return TimeCost(analysis, [(part, surface) for kind, surface in surfaces for part in kind.parts], whole)

@@ -1,0 +1,129 @@
+"""Time over width, known at measured widths only: which to measure next, and what the others are taken to cost.
+
+A width that was not measured is taken to cost what the next larger measured one costs: keeping more channels than asked
+for is always possible. So a budget over such times lands on measured widths, on the fast side of each step. Steps are
+found by bisection; nothing is assumed of where they lie.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_DOUBT = 0.1  # share of the time that both sides have to win for their interplay to be believed
+
+
+@dataclass
+class Line:
+    """Times over the widths of one side of a part, the other side being whole.
+
+    Args:
+        full: the largest width.
+        times: seconds by measured width.
+        noise: relative difference below which two times are taken for the same.
+    """
+
+    full: int
+    times: dict[int, float] = field(default_factory=dict)
+    noise: float = 0.03
+
+    def first(self, least: int) -> list[int]:
+        """Widths to begin with: the least, round ones between, and the full one."""
+        quarters = [roundest(self.full * (2 * k - 1) / 8, self.full * (2 * k + 1) / 8) for k in (1, 2, 3)]
+        return sorted({least, self.full, *(w for w in quarters if least < w < self.full)})
+
+    def levels(self) -> np.ndarray:
+        """Seconds at every width from 0 to the full one, (full + 1,).
+
+        A time that differs by no more than noise from the least of all wider ones is that one.
+        """
+        result = np.empty(self.full + 1)
+        best = self.times[self.full]  # the least of all wider
+        above = self.full
+        for width in sorted(self.times, reverse=True):
+            seconds = self.times[width]
+            level = best if abs(seconds - best) <= self.noise * best else seconds
+            result[width] = level
+            result[width + 1 : above] = result[above]
+            best, above = min(best, level), width
+        result[:above] = result[above]
+        return result
+
+    def corners(self) -> list[int]:
+        """Measured widths that take less time than every wider one: the fast sides of the steps."""
+        levels, best, found = self.levels(), np.inf, []
+        for width in sorted(self.times, reverse=True):
+            if levels[width] < best:
+                best = float(levels[width])
+                found.append(width)
+        return found[::-1]
+
+    def gaps(self, smallest: float) -> list[tuple[float, int]]:
+        """Where a step may hide: (seconds between the ends, width to measure), unsorted.
+
+        Args:
+            smallest: seconds; a gap over which less than that can be won is left.
+        """
+        widths = sorted(self.times)
+        levels = self.levels()
+        best = np.minimum.accumulate(levels[::-1])[::-1]  # what a width costs at most: a wider one may be cheaper
+        found = []
+        for low, high in itertools.pairwise(widths):
+            drop = float(best[high] - levels[low])
+            if high - low > max(self.full // 32, 1) and drop > max(smallest, self.noise * best[high]):
+                found.append((drop, roundest(low + (high - low) / 4, high - (high - low) / 4)))
+        return found
+
+
+def roundest(low: float, high: float) -> int:
+    """The multiple of the largest power of two in [low, high]; of several the one nearest to the middle.
+
+    >>> roundest(65, 127), roundest(64, 128), roundest(70, 75), roundest(2.4, 2.6)
+    (96, 64, 72, 2)
+    """
+    power = 1
+    while np.floor(high / (2 * power)) * 2 * power >= max(low, 1):
+        power *= 2
+    many = np.arange(np.ceil(max(low, 1) / power), np.floor(high / power) + 1) * power
+    if not len(many):
+        return max(int(low), 1)
+    return int(many[np.argmin(np.abs(many - (low + high) / 2))])
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """Time over one width, or over the widths of two sides together.
+
+    Of two sides with times ``a`` and ``b`` where the other is whole, and ``t`` where both are:
+    ``a + b - t + coupling * (t - a) * (t - b)``. A product of two widths has the coupling 1 / t, a sum has none.
+    """
+
+    sides: tuple[np.ndarray, ...]  # seconds at every width
+    coupling: float = 0.0
+
+    @staticmethod
+    def through(lines: tuple[Line, ...], inside: Mapping[tuple[int, int], float]) -> Surface:
+        """The surface through the lines that lies nearest to times measured where neither side is whole."""
+        sides = tuple(line.levels() for line in lines)
+        if len(sides) < 2 or not inside:
+            return Surface(sides, 1.0 / float(sides[0][-1]) if len(sides) == 2 else 0.0)
+        full = float(sides[0][-1])
+        a, b = (np.array([sides[k][key[k]] for key in inside]) for k in (0, 1))
+        x, y = (full - a) * (full - b), np.array(list(inside.values())) - (a + b - full)
+        # where a side hardly matters nothing can be told, and a product is the guess
+        doubt = (_DOUBT * full**2) ** 2
+        coupling = (float(x @ y) + doubt / full) / (float(x @ x) + doubt)
+        return Surface(sides, float(np.clip(coupling, 0.0, 2.0 / full)))
+
+    def at(self, widths: np.ndarray) -> np.ndarray:
+        """Seconds at widths (..., sides), which are rounded up; fractions count as the next channel."""
+        index = np.ceil(np.asarray(widths) - 1e-9).astype(np.int64)
+        parts = [side[np.clip(index[..., k], 0, len(side) - 1)] for k, side in enumerate(self.sides)]
+        if len(parts) == 1:
+            return parts[0]
+        full, (a, b) = float(self.sides[0][-1]), parts
+        result: np.ndarray = np.maximum(a + b - full + self.coupling * (full - a) * (full - b), 0.02 * full)
+        return result

@@ -1,0 +1,488 @@
+"""Budgets in time, on times that are given: no test here looks at a clock to pass or fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from builder import RUNTIME, Builder, analysed
+from onnx import numpy_helper
+
+from onnxprune import promise
+from onnxprune.analysis import Analysis
+from onnxprune.api import prune
+from onnxprune.budget import allocate
+from onnxprune.chains import COPIES, copies, signature
+from onnxprune.cli import main
+from onnxprune.cost import Ratio, measure_ratio
+from onnxprune.data import InputSpec
+from onnxprune.deployed import deployed_feeds
+from onnxprune.errors import InputError, UnreachableTarget
+from onnxprune.latency import TimeCost, measure_parts, time_cost, timed_choices
+from onnxprune.parts import parts_of
+from onnxprune.plan import Plan
+from onnxprune.progress import Progress
+from onnxprune.rewrite import rewrite
+from onnxprune.runtime import Runtime
+from onnxprune.staircase import Line, Surface
+from onnxprune.stopwatch import Stopwatch, example, robust
+from onnxprune.targets import Limit, Wanted, widths
+
+DIGITS = Path(__file__).parent.parent / "models" / "digits_resnet.onnx"
+US = 1e-6
+
+# relative times of a layer, onnxruntime on a processor with AVX-512, against 128 channels
+CLIFFS = {48: 0.40, 60: 0.51, 63: 0.57, 64: 0.51, 80: 0.67, 96: 0.77, 112: 0.89, 126: 1.0, 127: 1.12, 128: 1.0}
+
+
+def staircase(width: int) -> float:
+    """The table above, for every width."""
+    return CLIFFS[min(w for w in CLIFFS if w >= width)] if width not in CLIFFS else CLIFFS[width]
+
+
+def chain(*channels: int) -> onnx.ModelProto:
+    """Convolutions one behind the other, each with its activation."""
+    g = Builder()
+    x = g.input("x", [1, 3, 6, 6])
+    for k, n in enumerate(channels):
+        x = g.Relu(g.conv(x, n, name=f"conv{k}"))
+    return g.model(g.gemm(g.Flatten(g.GlobalAveragePool(x)), 4))
+
+
+def residual(width: int = 32, inner: int = 64) -> onnx.ModelProto:
+    g = Builder()
+    x = g.Relu(g.conv(g.input("x", [1, 3, 6, 6]), width, name="stem"))
+    for k in range(2):
+        y = g.conv(g.Relu(g.conv(x, inner, name=f"a{k}")), width, name=f"b{k}")
+        x = g.Relu(g.Add(y, x))
+    return g.model(g.gemm(g.Flatten(g.MaxPool(x, kernel_shape=[6, 6])), 4))
+
+
+def conv_time(model: onnx.ModelProto, of: Callable[[int, int], float]) -> float:
+    """A pretended time: what ``of`` says of the output and input width of every 3 x 3 convolution."""
+    shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    found = [shapes[node.input[1]] for node in model.graph.node if node.op_type == "Conv"]
+    return sum(of(shape[0], shape[1]) for shape in found if shape[2] == 3)
+
+
+class Pretended:
+    """In place of a stopwatch: times from a function of the model."""
+
+    def __init__(self, of: Callable[[int, int], float]) -> None:
+        self.of = of
+        self.measured = self.remembered = 0
+        self.seen: set[str] = set()
+
+    def times(self, models: Mapping[str, onnx.ModelProto]) -> dict[str, float]:
+        self.measured += len(set(models) - self.seen)
+        self.seen |= set(models)
+        return {key: 1 * US + conv_time(model, self.of) for key, model in models.items()}
+
+
+def known(analysis: Analysis, of: Callable[[int, int], float]) -> tuple[TimeCost, list[np.ndarray]]:
+    """The cost model and the choices that follow from pretended times."""
+    kinds = measure_parts(analysis, analysis.nominal, Pretended(of), Progress())  # type: ignore[arg-type]
+    whole = conv_time(analysis.graph.model, of)
+    return time_cost(analysis, kinds, whole), timed_choices(kinds, widths(analysis))
+
+
+# ------------------------------------------------------------------------------------------------------- staircases
+
+
+@pytest.mark.parametrize(("wish", "chosen"), [(65, 64), (127, 128), (63, 64), (120, 128)])
+def test_the_cliffs(wish: int, chosen: int) -> None:
+    """A budget that would allow 65 channels by their number takes 64; one that would allow 127 takes 128."""
+    analysis = analysed(chain(128, 8))[0]
+    cost, choices = known(analysis, lambda out, _: staircase(out) * 100 * US if out > 8 else 0.0)
+    curves = [np.linspace(1, 0, 129), np.linspace(1000, 0, 9)]
+    kept = allocate(curves, cost, cost.total(np.array([wish, 8])), choices)
+    assert kept.tolist() == [chosen, 8]
+
+
+@pytest.mark.parametrize("edges", [(16, 32, 48), (24, 40, 100), (5, 6, 7), (120,), ()])
+def test_steps_are_found_wherever_they_lie(edges: tuple[int, ...]) -> None:
+    line = Line(128)
+
+    def of(width: int) -> float:
+        return 1.0 + sum(width > edge for edge in edges)
+
+    wanted = line.first(1)
+    while wanted:
+        line.times |= {width: of(width) for width in wanted}
+        wanted = [width for _, width in line.gaps(0.0)]
+    assert all(line.levels()[w] >= of(w) for w in range(1, 129))  # never promised too much
+    for edge in edges:
+        near = [w for w in line.corners() if edge - 4 <= w <= edge]  # as close as a thirty-second of the width
+        assert near
+        assert line.levels()[near[-1]] == of(near[-1])
+    assert len(line.times) < 60
+
+
+def test_widths_that_win_nothing_are_not_corners() -> None:
+    line = Line(64, {1: 1.0, 16: 1.0, 32: 1.01, 48: 2.0, 60: 1.99, 63: 2.9, 64: 2.0})
+    assert line.corners() == [32, 64]
+    assert line.levels()[63] == 2.9
+    assert line.levels()[60] == 2.0
+    assert line.levels()[17] == 1.01
+
+
+def test_times_between_two_widths_are_those_of_the_wider() -> None:
+    levels = Line(64, {8: 1.0, 32: 2.0, 64: 4.0}).levels()
+    assert levels.tolist() == [1.0] * 9 + [2.0] * 24 + [4.0] * 32
+
+
+def test_a_product_of_two_widths() -> None:
+    lines = tuple(Line(8, {w: w * 8.0 for w in range(1, 9)}, noise=0) for _ in range(2))
+    surface = Surface.through(lines, {(4, 4): 16.0, (2, 4): 8.0})
+    assert surface.at(np.array([[4, 2], [8, 3], [1, 1]])) == pytest.approx([8, 24, 1], abs=0.5)
+
+
+def test_a_sum_of_two_widths() -> None:
+    lines = tuple(Line(8, {w: w + 8.0 for w in range(1, 9)}, noise=0) for _ in range(2))
+    surface = Surface.through(lines, {(1, 1): 2.0, (2, 1): 3.0, (1, 2): 3.0, (4, 2): 6.0})
+    assert surface.at(np.array([[2, 2], [4, 6]])) == pytest.approx([4, 10], abs=0.6)
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_a_residual_network_in_parts() -> None:
+    analysis = analysed(residual())[0]
+    nodes = analysis.graph.nodes
+    parts = parts_of(analysis, analysis.nominal)
+    ops = [tuple(nodes[i].op for i in part.nodes) for part in parts]
+    assert ops == [
+        ("Conv", "Relu"),
+        *[("Conv", "Relu"), ("Conv", "Add", "Relu")] * 2,
+        ("MaxPool",),
+        ("Flatten",),
+        ("Gemm",),
+    ]
+    seen = [i for part in parts for i in part.nodes]
+    assert len(seen) == len(set(seen))
+    assert [part.full for part in parts[:3]] == [(32,), (32, 64), (32, 64)]
+    assert [len(part.sides) for part in parts[:3]] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.3])
+def test_parts_run_alone_and_have_the_shapes_of_the_whole(share: float) -> None:
+    analysis, merged = analysed(residual())
+    counts = {g: max(round(n * share), 1) for g, n in enumerate(i.units for i in analysis.groups)}
+    plan = Plan("", {analysis.groups[g].name: tuple(range(n)) for g, n in counts.items()})
+    whole = onnx.shape_inference.infer_shapes(rewrite(analysis, plan, copies=merged))
+    inferred = {
+        v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*whole.graph.value_info, *whole.graph.output)
+    }
+    for part in parts_of(analysis, analysis.nominal):
+        model = part.model({g: counts[g] for side in part.sides for g in side})
+        (found,) = RUNTIME.session(model).run(None, example(model))
+        assert list(found.shape) == inferred[part.outputs[0]]
+        for timed in part.timed({g: counts[g] for side in part.sides for g in side}):
+            for each in (timed.model, timed.many or timed.model):
+                RUNTIME.session(each).run(None, example(each))
+
+
+@pytest.mark.parametrize("width", [1, 7, 32])
+def test_counts_come_to_the_width(width: int) -> None:
+    analysis = analysed(residual())[0]
+    for part in parts_of(analysis, analysis.nominal):
+        for side in range(len(part.sides)):
+            kept = np.array([g.units for g in analysis.groups])
+            for group, count in part.counts(side, width).items():
+                kept[group] = count
+            reached = part.widths(kept)[side]
+            assert reached >= width
+            assert part.name != "a0" or reached == width
+
+
+def test_copies_are_all_used_and_have_weights_of_their_own() -> None:
+    analysis = analysed(residual())[0]
+    part = next(p for p in parts_of(analysis, analysis.nominal) if p.name == "b0")
+    timed = part.timed({})
+    assert [t.factor for t in timed] == [1.0, -1.0]
+    many = timed[0].many
+    assert many is not None
+    session = onnx.load_from_string(many.SerializeToString())
+    convs = [node for node in session.graph.node if node.op_type == "Conv" and node.name]
+    assert len(convs) == COPIES
+    arrays = {t.name: numpy_helper.to_array(t) for t in many.graph.initializer}
+    weights = [arrays[node.input[1]] for node in convs]
+    assert not any(np.array_equal(a, b) for k, a in enumerate(weights) for b in weights[:k])
+    read = {name for node in many.graph.node for name in node.input}
+    made = {name for node in many.graph.node for name in node.output}
+    assert made - read == {many.graph.output[0].name}
+
+
+def test_what_a_further_copy_costs_is_the_part() -> None:
+    analysis = analysed(residual())[0]
+    for part in parts_of(analysis, analysis.nominal):
+        if part.is_layer and part.name != "gemm":
+            total = sum(
+                t.seconds(*(1 * US + conv_time(m, lambda o, i: o * i * US) for m in (t.model, t.many or t.model)))
+                for t in part.timed({})
+                if t.many is not None
+            )
+            assert total == pytest.approx(conv_time(part.model({}), lambda o, i: o * i * US))
+
+
+def small(scale: float = 1.0, prefix: str = "", width: int = 4, stride: int = 1) -> onnx.ModelProto:
+    g = Builder()
+    y = g.Conv(
+        g.input(f"{prefix}x", [1, 3, 6, 6]),
+        g.const(np.full((width, 3, 3, 3), scale), f"{prefix}w"),
+        strides=[stride] * 2,
+    )
+    return g.model(g.Relu(y))
+
+
+def test_a_signature_is_of_the_structure() -> None:
+    same = {signature(small()), signature(small(2.0)), signature(small(prefix="other"))}
+    other = {signature(small(width=5)), signature(small(stride=2)), signature(copies(small(), 2))}
+    assert len(same) == 1
+    assert len(other) == 3
+    assert not same & other
+
+
+# --------------------------------------------------------------------------------------------------------- stopwatch
+
+
+def test_measured_once_and_remembered(tmp_path: Path) -> None:
+    models = {signature(m): m for m in (small(), small(width=8))}
+    cache = tmp_path / "deep" / "times.sqlite"
+    first = Stopwatch(Runtime("cpu", 1), cache)
+    times = first.times(models)
+    assert (first.measured, first.remembered) == (2, 0)
+    assert all(seconds > 0 for seconds in times.values())
+    again = Stopwatch(Runtime("cpu", 1), cache)
+    assert again.times(models) == times
+    assert (again.measured, again.remembered) == (0, 2)
+    other = Stopwatch(Runtime("cpu", 2), cache)  # another number of threads, another table
+    other.times(models)
+    assert other.measured == 2
+
+
+def test_a_damaged_cache_costs_time_and_nothing_else(tmp_path: Path) -> None:
+    cache = tmp_path / "times.sqlite"
+    cache.write_bytes(b"not a database" * 100)
+    watch = Stopwatch(Runtime("cpu", 1), cache)
+    assert len(watch.times({"a": small()})) == 1
+    assert cache.read_bytes().startswith(b"not a database")
+
+
+def test_what_cannot_run_alone_has_no_time() -> None:
+    broken = small()
+    broken.graph.node[0].input[0] = "nowhere"
+    assert list(Stopwatch(Runtime("cpu", 1)).times({"broken": broken, "sound": small()})) == ["sound"]
+
+
+def test_outliers_are_dropped() -> None:
+    quiet = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98, 1.0]
+    assert robust([*quiet, 40.0, 30.0])[0] == pytest.approx(robust(quiet)[0], abs=0.01)
+    assert robust(quiet)[1] < 0.02
+
+
+def test_a_ratio_lies_in_its_interval() -> None:
+    model = small()
+    found = measure_ratio(model, model, example(model), RUNTIME, seconds=0.05)
+    assert 0 < found.low <= found.ratio <= found.high
+    assert found.rounds >= 20
+    assert found.clock == ("thread" if RUNTIME.computes_alone else "wall")
+
+
+# ---------------------------------------------------------------------------------------------------------- cost model
+
+
+def test_every_unit_of_time_is_kept_to() -> None:
+    analysis = analysed(residual())[0]
+    cost, choices = known(analysis, lambda out, inner: -(-out // 16) * inner * US)
+    units = np.array([g.units for g in analysis.groups])
+    assert cost.total(units) == pytest.approx(cost.whole)
+    for share in (0.8, 0.5, 0.3):
+        kept = allocate([np.linspace(1, 0, n + 1) for n in units], cost, cost.whole * share, choices)
+        assert cost.total(kept) <= cost.whole * share
+        assert all(k in c for k, c in zip(kept, choices, strict=True))
+
+
+def test_along_a_group_is_one_by_one() -> None:
+    analysis = analysed(residual())[0]
+    cost, _ = known(analysis, lambda out, inner: -(-out // 16) * inner * US)
+    units = np.array([g.units for g in analysis.groups])
+    kept = np.random.default_rng(1).integers(1, units + 1)
+    for group, n in enumerate(units):
+        moved = [cost.total(np.where(np.arange(len(units)) == group, c, kept)) for c in range(1, n + 1)]
+        np.testing.assert_allclose(cost.along(kept, group, np.arange(1, n + 1)), moved, rtol=1e-12)
+
+
+def test_alike_layers_are_measured_once() -> None:
+    analysis = analysed(residual())[0]
+    watch = Pretended(lambda out, inner: out * inner * US)
+    kinds = measure_parts(analysis, analysis.nominal, watch, Progress())  # type: ignore[arg-type]
+    assert sorted(len(kind.parts) for kind in kinds) == [1, 1, 1, 1, 2, 2]
+
+
+def test_widths_between_the_steps_are_no_choice() -> None:
+    analysis = analysed(chain(64, 64, 8))[0]
+    _, choices = known(analysis, lambda out, _: -(-out // 16) * 100 * US)
+    assert choices[0].tolist() == choices[1].tolist() == [16, 32, 48, 64]
+    _, choices = known(analysis, lambda out, inner: inner * 1 * US)
+    assert len(choices[0]) > 12
+
+
+# ------------------------------------------------------------------------------------------------------------- promise
+
+
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, table: Callable[[int, int], float], true: Callable[[int, int], float]
+) -> None:
+    """Let parts take what ``table`` says, and whole networks what is ``true``, with 50 us for what never shrinks."""
+    monkeypatch.setattr(promise, "Stopwatch", lambda runtime, cache: Pretended(table))
+
+    def ratio(before: onnx.ModelProto, after: onnx.ModelProto, *_: Any, **__: Any) -> Ratio:
+        first, second = (50 * US + conv_time(model, true) for model in (before, after))
+        return Ratio(first / second, first / second, first / second, first, 20, "wall")
+
+    monkeypatch.setattr(promise, "measure_ratio", ratio)
+
+
+def blocks(factor: float = 1.0, odd: float = 0.0) -> Callable[[int, int], float]:
+    return lambda out, inner: factor * -(-out // 16) * inner * US + (odd * US if out % 4 else 0)
+
+
+QUICK: dict[str, Any] = {"samples": 40, "threads": 1, "reconstruct": False}
+
+
+@pytest.mark.parametrize(
+    ("speedup", "true"),
+    [(1.3, blocks()), (2.0, blocks(0.6)), (3.0, blocks(1.7)), (2.0, blocks(1.0, 3.0))],
+    ids=["right", "less", "more", "odd"],
+)
+def test_the_promise_is_kept_where_the_table_errs(
+    monkeypatch: pytest.MonkeyPatch, speedup: float, true: Callable[[int, int], float]
+) -> None:
+    pretend(monkeypatch, blocks(), true)
+    report = prune(DIGITS, speedup=speedup, by="latency", **QUICK).report
+    assert report.latency is not None
+    assert report.latency.measured.ratio == pytest.approx(speedup, rel=0.05)
+    assert report.achieved.latency == report.latency.measured.ratio
+    assert not [text for text in report.warnings if "asked for" in text]
+    assert len(report.latency.rounds) <= 11
+    again = type(report).from_json(report.to_json())
+    assert again.latency is not None
+    assert again.latency.table[0].widths == report.latency.table[0].widths
+    assert json.loads(report.to_json())["target"] == {"speedup": speedup, "by": "latency"}
+
+
+def test_what_cannot_be_reached_is_said_with_the_largest_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, blocks(), blocks())
+    with pytest.raises(
+        UnreachableTarget, match=r"a speed-up of 500 in latency cannot be reached; the largest"
+    ) as caught:
+        prune(DIGITS, speedup=500, by="latency", **QUICK)
+    assert "% of the time does not follow the widths" in str(caught.value)
+    out = tmp_path / "out.onnx"
+    arguments = [
+        str(DIGITS),
+        "--speedup",
+        "500",
+        "--by",
+        "latency",
+        "--samples",
+        "40",
+        "--threads",
+        "1",
+        "-o",
+        str(out),
+    ]
+    assert main(arguments) == 3
+    assert not out.exists()
+    capsys.readouterr()
+    assert main([*arguments, "--best-effort"]) == 0
+    printed = capsys.readouterr()
+    assert "asked for 500x the speed, measured" in printed.out
+    assert "warning: asked for 500x in latency" in printed.err
+
+
+def test_time_and_parameters_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, blocks(), blocks())
+    report = prune(DIGITS, speedup=1.5, by="latency", max_params=40_000, **QUICK).report
+    assert report.latency is not None
+    assert report.latency.measured.ratio >= 1.5 * 0.95
+    assert report.after.params <= 40_000
+
+
+def test_the_best_of_the_rounds_counts() -> None:
+    analysis = analysed(chain(64, 64, 8))[0]
+    cost, choices = known(analysis, blocks())
+    cost.correct(np.array([32, 32, 8]), cost.whole / 1.1)
+    assert cost.whole / cost.total(np.array([32, 32, 8])) == pytest.approx(1.1)
+    fastest = cost.fastest(choices)
+    assert cost.total(fastest) == min(
+        cost.total(np.array([a, b, c])) for a in choices[0] for b in choices[1] for c in choices[2]
+    )
+    assert Limit("latency", cost, 1.0).cost is cost
+
+
+# ----------------------------------------------------------------------------------------------------- deployed sizes
+
+SPECS = (InputSpec("x", (None, 3, None, None), np.dtype(np.float32)), InputSpec("n", (None,), np.dtype(np.int64)))
+SAMPLE = {"x": np.ones((1, 3, 8, 8), np.float32), "n": np.array([7])}
+
+
+def test_deployed_sizes() -> None:
+    feeds = deployed_feeds(SPECS, SAMPLE, {"x": (2, 3, 4, 6)}, 5)
+    assert feeds["x"].shape == (2, 3, 4, 6)
+    assert feeds["n"].tolist() == [7] * 5
+    assert (deployed_feeds(SPECS, SAMPLE, batch=4)["x"] == np.ones((4, 3, 8, 8))).all()
+    assert deployed_feeds(SPECS, SAMPLE)["x"].shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "batch", "text"),
+    [
+        ({"y": (1, 3, 4, 4)}, None, "--shape names an input 'y'; the model's inputs are n, x"),
+        ({"x": (1, 4, 4, 4)}, None, r"--shape: input 'x' takes \[N, 3, \?, \?\], found \[1, 4, 4, 4\]"),
+        ({"x": (1, 3, 4)}, None, "--shape: input 'x' takes"),
+        (None, 0, "expected a batch of at least 1, found 0"),
+    ],
+)
+def test_sizes_that_do_not_fit(shapes: dict[str, tuple[int, ...]] | None, batch: int | None, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        deployed_feeds(SPECS, SAMPLE, shapes, batch)
+
+
+def test_a_fixed_batch_stays() -> None:
+    with pytest.raises(InputError, match="no input of the model leaves its first axis open"):
+        deployed_feeds([InputSpec("x", (1, 3), np.dtype(np.float32))], {"x": np.ones((1, 3), np.float32)}, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--shape", "input"], "expected a name and sizes such as input:1,3,224,224"),
+        (["--shape", "input:1,0"], "expected a name and sizes"),
+        (["--round-to", "many"], "expected a number of at least 1 or auto"),
+        (["--round-to", "auto"], "takes the number from --target"),
+        (["--target", "abacus"], "unknown target 'abacus'; expected one of cpu-avx2, cpu-avx512"),
+        (["--batch", "0"], "--batch"),
+        (["--max-params", "few"], "expected a number above 0 such as 5M, found 'few'"),
+        (["--by", "watts"], "--by"),
+    ],
+)
+def test_options_that_make_no_sense(options: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(DIGITS), *options]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_widths_of_a_target() -> None:
+    report = prune(DIGITS, speedup=1.5, target="cpu-avx2", samples=40, threads=1, reconstruct=False, select="l1").report
+    assert report.options["multiple"] == 8
+    assert all(g.kept % 8 == 0 or g.kept == g.units for g in report.groups)
+    assert Wanted(1.5).by == "macs"
