@@ -3,10 +3,10 @@
     python benchmarks/coverage_export.py MODELS                  # in an environment with torch
     python benchmarks/coverage.py MODELS --judge check_surgery.py [--others PYTHON] [--output benchmarks/coverage]
 
-Every file is analysed, cut at a random plan that reaches 1.5x (or as far as the model goes), rewritten without
+Every file is pruned by the public call to 1.5x (or as far as the model goes) at random channels and without
 reconstruction, proven, and, with ``--judge``, compared by the outside script with the original in which the removed
-channels are silenced. Seed 0, one thread, a process per file. ``--others`` names a Python that has onnxsim (and torch
-and Torch-Pruning, for the architectures of `coverage_export`), run on the same models.
+channels are silenced, at every size it was probed at. Seed 0, one thread, a process per file. ``--others`` names a
+Python that has what `coverage_others` needs, and its answers stand beside.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def prune_one(path: Path, judge: Path | None) -> dict[str, Any]:
     held = [f for f in report.frozen if set(f.layers) - inside]
     result: dict[str, Any] = {
         "prunable": round(report.prunable_macs, 4),
+        "removed": len(report.removed),
         "speedup": round(report.achieved.macs, 3),
         "proof": report.proof.max_relative_difference if report.proof else None,
         "groups_seconds": round(report.timings["groups"], 2),
@@ -103,7 +104,14 @@ def verdict(row: dict[str, Any]) -> str:
         return "wrong" if "the proof failed" in row["error"] else "crash"
     if row.get("judge") == "differs":
         return "wrong"
-    return "pruned" if row["speedup"] > 1.001 else "unchanged"
+    # the multiply-accumulates of a detector go by how much it finds, so that their ratio alone says little
+    return "pruned" if row["speedup"] > 1.001 or row.get("removed") else "unchanged"
+
+
+def _held_by(reasons: list[str]) -> str:
+    """The reason that tells most: a place without channels (tokens, rows of an image) holds nothing by itself."""
+    telling = [reason for reason in reasons if "gives no rule for this axis" not in reason]
+    return next(iter(telling or reasons), "")
 
 
 def markdown(rows: list[dict[str, Any]], machine: str, refused: dict[str, str]) -> str:
@@ -143,12 +151,12 @@ def markdown(rows: list[dict[str, Any]], machine: str, refused: dict[str, str]) 
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
         parts = row["file"].split("__")
-        name, exporter, batch = "/".join(parts[:-2]), *parts[-2:]
+        name, exporter, batch = ("/".join(parts[:-2]), *parts[-2:]) if len(parts) > 2 else (row["file"], "", "")
         if "error" in row:
             cells = [name, exporter, batch, "", "", "", "", "", *(str(row.get(k, "")).split(":")[0] for k in others)]
             cells.append(f"**{verdict(row)}**: {row['error'][:120]}")
         else:
-            why = row["frozen"][0] if row["frozen"] and row["prunable"] < 0.9 else ""
+            why = _held_by(row["frozen"]) if row["prunable"] < 0.9 else ""
             if verdict(row) == "wrong":
                 why = f"**wrong**: {row['judged']}"
             cells = [name, exporter, batch, row.get("nodes", ""), f"{row['prunable']:.2f}", f"{row['speedup']:.2f}"]

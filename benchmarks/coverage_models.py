@@ -110,7 +110,12 @@ def _transformer(kind: str) -> Make:
         if kind == "clip_text":
             config = t.CLIPTextConfig(vocab_size=100, **small, eos_token_id=2, attn_implementation="eager")
             return Logits(t.CLIPTextModel(config), "last_hidden_state"), (tokens,)
-        config = t.ViTConfig(image_size=64, patch_size=16, **small, attn_implementation="eager")
+        config = t.ViTConfig(
+            image_size=64,
+            patch_size=16,
+            **small | {"num_hidden_layers": 12, "intermediate_size": 192},
+            attn_implementation="eager",
+        )
         return Logits(t.ViTModel(config), "last_hidden_state"), _image(64)
 
     return make
@@ -182,7 +187,7 @@ TIMM_SIZED = (
 )
 TIMM_128 = "inception_resnet_v2 inception_v4"
 TIMM_224 = "efficientformer_l1"
-SHALLOW = {"img_size": 64, "embed_dim": 96, "depth": 3, "num_heads": 4}  # families that have large variants only
+SHALLOW = {"img_size": 64, "embed_dim": 96, "depth": 8, "num_heads": 4}  # families that have large variants only
 TIMM_SHALLOW = "beit_base_patch16_224 deit3_small_patch16_224 eva02_tiny_patch14_224 samvit_base_patch16"
 MODELS |= {f"timm/{n}": _timm(n) for n in TIMM.split()}
 MODELS |= {f"timm/{n}": _timm(n, img_size=64) for n in TIMM_SIZED.split()}
