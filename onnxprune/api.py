@@ -21,7 +21,8 @@ from onnxprune.counting import count_model_macs, count_peak_memory, nominal_shap
 from onnxprune.data import Calibration, Preprocessing, load_calibration
 from onnxprune.deployed import deployed_feeds
 from onnxprune.errors import InputError, InternalError
-from onnxprune.graph import Graph, digest, read_model, write_bytes
+from onnxprune.files import write_model
+from onnxprune.graph import Graph, read_model
 from onnxprune.groups import Kind, Seed
 from onnxprune.normalise import normalise
 from onnxprune.pipeline import Chooser
@@ -43,6 +44,7 @@ from onnxprune.runtime import Runtime
 from onnxprune.selection import FROM_ACTIVATIONS, METHODS
 from onnxprune.stopwatch import default_cache
 from onnxprune.targets import UNITS, Limit, Wanted, counted_costs, limits, multiple_of, widths
+from onnxprune.tensors import digest, size_of, with_scratch
 from onnxprune.verify import Proof, prove
 
 __all__ = ["Inspection", "Result", "analyze", "compare", "count_model_macs", "prune"]
@@ -61,7 +63,11 @@ _FINISHED_AT_MOST = 3  # networks, where the first do not keep a promise about t
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A pruned model, with the report and the plan that led to it."""
+    """A pruned model, with the report and the plan that led to it.
+
+    Where the original keeps tensors in files of their own, so does ``model``, in temporary ones that go with the
+    result: `save` puts them beside the model.
+    """
 
     model: onnx.ModelProto
     report: Report
@@ -73,10 +79,7 @@ class Result:
         Raises:
             InputError: the file exists and ``force`` is not given.
         """
-        path = Path(path)
-        if path.exists() and not force:
-            raise InputError(f"{path} exists already; choose another name or overwrite it with force=True")
-        write_bytes(self.model.SerializeToString(), path)
+        write_model(self.model, Path(path), force=force)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +90,7 @@ class Inspection:
     reachable: float  # the largest speed-up in multiply-accumulates
 
 
+@with_scratch
 def prune(
     model: str | Path | onnx.ModelProto,
     *,
@@ -258,6 +262,7 @@ def prune(
     return Result(pruned, report, plan)
 
 
+@with_scratch
 def analyze(
     model: str | Path | onnx.ModelProto,
     *,
@@ -374,7 +379,7 @@ def _finish(
 
 def _measures(model: onnx.ModelProto, batch: Mapping[str, np.ndarray], latency: Latency | None = None) -> Measures:
     macs, memory = count_model_macs(model, batch), count_peak_memory(model, batch)
-    return Measures(macs, params(model), model.ByteSize(), latency, memory)
+    return Measures(macs, params(model), size_of(model), latency, memory)
 
 
 def _quantised(analysis: Analysis) -> list[str]:

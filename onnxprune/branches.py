@@ -13,6 +13,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnxprune.inference import infer
+from onnxprune.tensors import array_of
 
 Known = np.ndarray | None
 _COMPARISONS = {
@@ -58,7 +59,7 @@ class _Sizes:
     def value(self, name: str) -> Known:
         """The tensor's value; None where it is not known before the model runs."""
         if name in self.stored:
-            return None if name in self.fed else numpy_helper.to_array(self.stored[name])
+            return None if name in self.fed else array_of(self.stored[name])
         node = self.producer.get(name)
         if node is None or node.domain:
             return None

@@ -231,7 +231,7 @@ def prune(
             check_output(report_path, "report", "--report", {**sources, "the output": output}, force)
     preprocessing = _take_preprocessing(options)
     from onnxprune import api
-    from onnxprune.graph import write_bytes
+    from onnxprune.files import write_bytes
     from onnxprune.report import to_json
 
     with _progress(quiet) as progress:

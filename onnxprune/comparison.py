@@ -20,6 +20,7 @@ from onnxprune.graph import Graph, read_model
 from onnxprune.images import fits, is_float, shape_text
 from onnxprune.progress import Progress
 from onnxprune.runtime import Runtime
+from onnxprune.tensors import size_of
 
 Array = npt.NDArray[Any]
 
@@ -129,7 +130,7 @@ def compare(
 
 
 def _side(name: str, model: onnx.ModelProto, latency: Latency | None, feeds: Mapping[str, Array]) -> Side:
-    return Side(name, count_model_macs(model, feeds), params(model), model.ByteSize(), latency)
+    return Side(name, count_model_macs(model, feeds), params(model), size_of(model), latency)
 
 
 def measure_fidelity(

@@ -6,10 +6,6 @@ carries everything that has to survive into the written file (metadata, function
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +15,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import numpy_helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxprune.data import InputSpec
 from onnxprune.errors import InputError
+from onnxprune.tensors import array_of, attach
 
 G_LOGGER.severity = G_LOGGER.ERROR  # it warns of types that NumPy lacks, which are kept as they are
 
@@ -144,7 +140,7 @@ class Graph:
     def array(self, name: str) -> np.ndarray:
         """The values of a stored tensor; read once, and not to be written to."""
         if name not in self._constants:
-            self._constants[name] = numpy_helper.to_array(self.stored(name), str(self.folder))
+            self._constants[name] = array_of(self.stored(name))
         return self._constants[name]
 
 
@@ -162,10 +158,10 @@ def _captured(proto: onnx.NodeProto) -> set[str]:
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """Load a model from a file, external data included.
+    """Load a model from a file; large tensors that it keeps outside are mapped when they are looked at.
 
     Raises:
-        InputError: there is no such file, or it does not hold an ONNX model.
+        InputError: there is no such file, it does not hold an ONNX model, or its external data cannot be used.
     """
     if not path.exists():
         raise InputError(f"no such file: {path}; expected an ONNX model")
@@ -186,49 +182,5 @@ def read_model(path: Path) -> onnx.ModelProto:
             f"{path} holds no ONNX graph (found {len(model.graph.node)} nodes and {len(model.opset_import)} opset"
             " imports); export the model again"
         )
-    _refuse_outside_data(model, path)
-    try:
-        onnx.load_external_data_for_model(model, str(path.parent))
-    except Exception as error:
-        raise InputError(f"the external data of {path} cannot be read: {error}") from error
+    attach(model, path)
     return model
-
-
-def _refuse_outside_data(model: onnx.ModelProto, path: Path) -> None:
-    root = path.parent.resolve()
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                target = (root / entry.value).resolve()
-                if Path(entry.value).is_absolute() or not target.is_relative_to(root):
-                    raise InputError(
-                        f"tensor {tensor.name!r} of {path} names external data outside the model's folder"
-                        f" ({entry.value!r}); expected a file beside the model"
-                    )
-
-
-def write_bytes(data: bytes, path: Path) -> None:
-    """Write a file whole or not at all: a temporary file in the same folder, fsync, rename."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def digest(model: onnx.ModelProto) -> str:
-    """SHA-256 of the model's deterministic serialisation, hexadecimal."""
-    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()

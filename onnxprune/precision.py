@@ -6,11 +6,13 @@ as a copy in float32, which holds every bfloat16 exactly; what is written keeps 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
+
+from onnxprune.tensors import array_of, graphs, stored, tensors_of
 
 NARROW = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 _OTHERS = frozenset({*NARROW, TensorProto.DOUBLE})  # what a copy has in float32
@@ -28,10 +30,10 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def types(model: onnx.ModelProto) -> set[int]:
     """Types of the stored tensors, of the inputs, and of what Casts give."""
     found = {value.type.tensor_type.elem_type for value in model.graph.input}
-    for graph in _graphs(model):
+    for graph in graphs(model):
         found.update(tensor.data_type for tensor in graph.initializer)
         for node in graph.node:
-            found.update(tensor.data_type for tensor in _tensors(node))
+            found.update(tensor.data_type for tensor in tensors_of(node))
             found.update(a.i for a in node.attribute if a.name == "to" and node.op_type == "Cast")
     return found
 
@@ -40,7 +42,7 @@ def float32_copy(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with float32 in place of float16, bfloat16 and float64, wherever a type is stated."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    for graph in _graphs(copy):
+    for graph in graphs(copy):
         for tensor in graph.initializer:
             _widen(tensor)
         for value in (*graph.input, *graph.output, *graph.value_info):
@@ -55,7 +57,7 @@ def float32_copy(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _widen_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
     for node in nodes:
-        for tensor in _tensors(node):
+        for tensor in tensors_of(node):
             _widen(tensor)
         for attribute in node.attribute:
             if attribute.name in ("to", "dtype") and attribute.i in _OTHERS:
@@ -64,8 +66,7 @@ def _widen_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
 
 def _widen(tensor: onnx.TensorProto) -> None:
     if tensor.data_type in _OTHERS:
-        values = cast(numpy_helper.to_array(tensor), np.dtype(np.float32))
-        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        tensor.CopyFrom(stored(cast(array_of(tensor), np.dtype(np.float32)), tensor))
 
 
 def _declare(kind: onnx.TypeProto) -> None:
@@ -75,25 +76,6 @@ def _declare(kind: onnx.TypeProto) -> None:
         _declare(kind.sequence_type.elem_type)
     elif kind.HasField("optional_type"):
         _declare(kind.optional_type.elem_type)
-
-
-def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    pending = [model.graph]
-    pending += [body for function in model.functions for node in function.node for body in _bodies(node)]
-    while pending:
-        graph = pending.pop()
-        yield graph
-        pending += [body for node in graph.node for body in _bodies(node)]
-
-
-def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
-
-
-def _tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
-    for attribute in node.attribute:
-        yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
 
 
 def without_rounding(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> onnx.ModelProto:

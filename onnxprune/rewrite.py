@@ -20,6 +20,7 @@ from onnxprune.precision import cast
 from onnxprune.probe import COUNTING, Shapes
 from onnxprune.rules.base import Kept, row_for
 from onnxprune.sizes import SizeGraph
+from onnxprune.tensors import array_of, stored
 
 
 class CannotRepair(OnnxPruneError):
@@ -114,9 +115,7 @@ def _slice_stored(model: onnx.ModelProto, graph: Graph, cut: _Cut, arrays: Mappi
         array = graph.array(name)
         if name in arrays:
             array = cast(arrays[name], array.dtype)
-        new = numpy_helper.from_array(np.ascontiguousarray(cut.take(name, array)), proto.name)
-        new.doc_string = proto.doc_string
-        proto.CopyFrom(new)
+        proto.CopyFrom(stored(cut.take(name, array), proto))
 
 
 def _repair_nodes(model: onnx.ModelProto, analysis: Analysis, cut: _Cut) -> None:
@@ -342,7 +341,7 @@ def _merge_copies(model: onnx.ModelProto, copies: Mapping[str, str]) -> None:
         if copy in tensors
         and origin in tensors
         and tensors[copy].dims == tensors[origin].dims
-        and np.array_equal(numpy_helper.to_array(tensors[copy]), numpy_helper.to_array(tensors[origin]))
+        and np.array_equal(array_of(tensors[copy]), array_of(tensors[origin]))
     }
     for node in model.graph.node:
         for k, name in enumerate(node.input):

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from onnxprune.errors import InputError
 from onnxprune.images import is_float
 from onnxprune.precision import float32_copy, types
+from onnxprune.tensors import detached
 
 ort.set_default_logger_severity(4)  # GPU builds warn about missing drivers on machines without one
 
@@ -115,15 +116,22 @@ class Runtime:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if self.as_float32:
             model = float32_copy(onnx.load_from_string(model) if isinstance(model, bytes) else model)
+        values: dict[str, np.ndarray] = {}
+        if isinstance(model, onnx.ModelProto):
+            model, values = detached(model)
+        given = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in values.items()}
+        options.add_external_initializers(list(given), list(given.values()))
         data = model if isinstance(model, bytes) else model.SerializeToString()
         providers = [PROVIDERS[self.provider]]
         if self.provider != "cpu":
             providers.append(PROVIDERS["cpu"])
         try:
             kind = _Float32Session if self.as_float32 else ort.InferenceSession
-            return kind(data, options, providers=providers)
+            session = kind(data, options, providers=providers)
         except Exception as error:  # onnxruntime's errors share no public base class
             raise InputError(f"onnxruntime refuses the model: {_first_line(error)}") from error
+        session.given = given  # the session reads what these hold
+        return session
 
 
 class _Float32Session(ort.InferenceSession):  # type: ignore[misc]

@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import numpy_helper
 
 from onnxprune.graph import Graph
 from onnxprune.precision import cast
 from onnxprune.probe import Shapes
 from onnxprune.runtime import Runtime
+from onnxprune.tensors import stored
 
 
 def late_order(graph: Graph, late: Collection[int]) -> list[int]:
@@ -111,8 +111,7 @@ class Segments:
             if name in free:
                 continue
             if name in arrays:
-                stored = graph.array(name)
-                model.graph.initializer.append(numpy_helper.from_array(cast(arrays[name], stored.dtype), name))
+                model.graph.initializer.append(stored(cast(arrays[name], graph.array(name).dtype), graph.stored(name)))
             elif name in graph.initializers:
                 model.graph.initializer.append(graph.initializers[name])
         feeds = [n for n in examples if n in needed and n not in made and n not in self._stored]

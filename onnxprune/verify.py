@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import numpy_helper
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import InputError, InternalError
@@ -18,6 +17,7 @@ from onnxprune.plan import Plan, removed_positions
 from onnxprune.precision import NARROW, types, without_rounding
 from onnxprune.probe import Feeds
 from onnxprune.runtime import Runtime, expose
+from onnxprune.tensors import stored
 
 _TINY = 1e-2  # tensors smaller than this all over are compared absolutely (saturated gates)
 _RANKING = frozenset({"TopK", "NonMaxSuppression", "ArgMax", "ArgMin", "NonZero"})  # a tie may fall either way
@@ -98,16 +98,16 @@ def silence(analysis: Analysis, plan: Plan) -> onnx.ModelProto:
     removed = {axis: gone for axis, gone in removed_positions(analysis, plan).items() if axis[0] in analysis.weights}
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
-    stored = {t.name: t for t in model.graph.initializer}
+    protos = {t.name: t for t in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant":
-            stored.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
-    for name in {tensor for tensor, _ in removed if tensor in stored}:
+            protos.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+    for name in {tensor for tensor, _ in removed if tensor in protos}:
         array = graph.array(name).copy()
         for (tensor, axis), gone in removed.items():
             if tensor == name:
                 array[(slice(None),) * axis + (gone,)] = 0
-        stored[name].CopyFrom(numpy_helper.from_array(array, stored[name].name))
+        protos[name].CopyFrom(stored(array, protos[name]))
     return model
 
 

@@ -19,11 +19,12 @@ from onnxprune.api import Result, analyze, count_model_macs, prune
 from onnxprune.cost import params
 from onnxprune.data import load_calibration
 from onnxprune.errors import InputError, UnreachableTarget
-from onnxprune.graph import Graph, digest, read_model
+from onnxprune.graph import Graph, read_model
 from onnxprune.plan import Plan
 from onnxprune.report import Report
 from onnxprune.rewrite import rewrite
 from onnxprune.runtime import expose
+from onnxprune.tensors import digest
 
 MODELS = Path(__file__).parent.parent / "models"
 NAMES = ("digits_cnn", "digits_resnet")

@@ -1,0 +1,283 @@
+"""Stored tensors: in the model's message, or in files beside it.
+
+Protobuf holds two gigabytes at the most, and a model of that size should not be held several times. What a file keeps
+outside stays outside: tensors are mapped into memory when they are looked at, and new values of such a tensor go to
+files of their own until the model is written.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import hashlib
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxprune.errors import InputError
+
+OUTSIDE = 1 << 16  # bytes from which on a tensor stays where it is
+MESSAGE = (1 << 31) - (1 << 26)  # bytes of tensors that one message may hold
+ALIGNED = 4096  # bytes: where a tensor begins in a file, so that it can be mapped
+_CHUNK = 1 << 24
+_PACKED = frozenset({TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1, TensorProto.STRING})
+
+
+def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The main graph, and the bodies within it and within functions."""
+    pending = [model.graph]
+    pending += [body for function in model.functions for node in function.node for body in _bodies(node)]
+    while pending:
+        graph = pending.pop()
+        yield graph
+        pending += [body for node in graph.node for body in _bodies(node)]
+
+
+def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
+
+
+def tensors_of(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    """Tensors that stand in a node's attributes."""
+    for attribute in node.attribute:
+        yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
+
+
+def every_tensor(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a model stores."""
+    for graph in graphs(model):
+        yield from graph.initializer
+        for node in graph.node:
+            yield from tensors_of(node)
+    for function in model.functions:
+        for node in function.node:
+            yield from tensors_of(node)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def is_outside(tensor: onnx.TensorProto) -> bool:
+    """Whether the tensor's values are in another file."""
+    return tensor.data_location == TensorProto.EXTERNAL
+
+
+def array_of(tensor: onnx.TensorProto) -> np.ndarray:
+    """A tensor's values; those outside are mapped, not read."""
+    if not is_outside(tensor):
+        return numpy_helper.to_array(tensor)
+    path, offset, length = _place(tensor)
+    raw = np.memmap(path, np.uint8, "r", offset, (length,))
+    return np.asarray(raw).view(helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
+
+
+def _entries(tensor: onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _place(tensor: onnx.TensorProto) -> tuple[Path, int, int]:
+    entries = _entries(tensor)
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    length = int(np.prod(tensor.dims, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return Path(entries["basepath"]) / entries["location"], int(entries.get("offset") or 0), length
+
+
+def attach(model: onnx.ModelProto, path: Path) -> None:
+    """Make the tensors known that a file keeps outside: large initializers stay there, others are read.
+
+    Raises:
+        InputError: a tensor's file is not within the model's folder, is not there, or is too short.
+    """
+    for tensor in model.graph.initializer:
+        if is_outside(tensor):
+            _attach(tensor, path, stays=tensor.data_type not in _PACKED)
+    for tensor in every_tensor(model):
+        if is_outside(tensor) and "basepath" not in _entries(tensor):
+            _attach(tensor, path, stays=False)
+
+
+def _attach(tensor: onnx.TensorProto, path: Path, *, stays: bool) -> None:
+    root, location = path.parent.resolve(), _entries(tensor).get("location", "")
+    target = (root / location).resolve()
+    if not location or Path(location).is_absolute() or not target.is_relative_to(root):
+        raise InputError(
+            f"tensor {tensor.name!r} of {path} names external data outside the model's folder"
+            f" ({location!r}); expected a file beside the model"
+        )
+    tensor.external_data.append(onnx.StringStringEntryProto(key="basepath", value=str(root)))
+    try:
+        _, offset, length = _place(tensor)
+        if stays and offset + length > target.stat().st_size:
+            raise OSError(f"{location} ends before tensor {tensor.name!r}")
+        if stays and length >= OUTSIDE:
+            return
+        onnx.external_data_helper.load_external_data_for_tensor(tensor, str(root))
+    except Exception as error:  # the machine's, and those of onnx
+        raise InputError(f"the external data of {path} cannot be read: {error}") from error
+    del tensor.external_data[:]
+    tensor.data_location = TensorProto.DEFAULT
+
+
+def detached(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A message without its large initializers, and their values, where the whole is outside or too large for one."""
+    inline = sum(len(t.raw_data) for t in model.graph.initializer)
+    if inline <= MESSAGE and not any(map(is_outside, model.graph.initializer)):
+        return model, {}
+    small = onnx.ModelProto()
+    small.CopyFrom(model)
+    values = {}
+    for tensor, copy in zip(model.graph.initializer, small.graph.initializer, strict=True):
+        if is_outside(tensor) or (inline > MESSAGE and len(tensor.raw_data) >= OUTSIDE):
+            values[tensor.name] = array_of(tensor)
+            copy.CopyFrom(_outside(tensor, "elsewhere", 0, values[tensor.name].nbytes))
+    return small, values
+
+
+def _outside(like: onnx.TensorProto, location: str, offset: int, length: int) -> onnx.TensorProto:
+    """A tensor of the same name, type and shape that names its place."""
+    tensor = TensorProto(name=like.name, data_type=like.data_type, dims=like.dims, doc_string=like.doc_string)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.append(onnx.StringStringEntryProto(key=key, value=value))
+    return tensor
+
+
+def size_of(model: onnx.ModelProto) -> int:
+    """Bytes of the message, and of the tensors outside of it."""
+    small, values = detached(model)
+    return int(small.ByteSize()) + sum(array.nbytes for array in values.values())
+
+
+def digest(model: onnx.ModelProto) -> str:
+    """SHA-256 of the model's deterministic serialisation, and of the tensors outside of it; hexadecimal."""
+    small, values = detached(model)
+    found = hashlib.sha256(small.SerializeToString(deterministic=True))
+    for array in values.values():
+        raw = array.reshape(-1).view(np.uint8)
+        for start in range(0, len(raw), _CHUNK):
+            found.update(raw[start : start + _CHUNK].tobytes())
+    return found.hexdigest()
+
+
+# ------------------------------------------------------------------------------------- new values, for a while
+
+
+class _Scratch:
+    """A folder for new values, made when it is needed."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.count = 0
+
+    def put(self, array: np.ndarray, location: str) -> Path:
+        """Write the values to a file of that name in a folder of its own; returns the folder."""
+        if self.folder is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="onnxprune-"))
+        self.count += 1
+        folder = self.folder / str(self.count)
+        target = folder / location
+        target.parent.mkdir(parents=True)
+        np.ascontiguousarray(array).tofile(target)
+        return folder
+
+    def keep(self, result: object, model: onnx.ModelProto) -> None:
+        """Remove what the model does not refer to now, and the rest with the result."""
+        if self.folder is None:
+            return
+        used = {_entries(t)["basepath"] for t in model.graph.initializer if is_outside(t)}
+        for folder in self.folder.iterdir():
+            if str(folder) not in used:
+                shutil.rmtree(folder, ignore_errors=True)
+        weakref.finalize(result, shutil.rmtree, self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove everything."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_CURRENT: contextvars.ContextVar[_Scratch | None] = contextvars.ContextVar("scratch", default=None)
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+def with_scratch(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Give a function a place for the new values of tensors outside.
+
+    The files that ``model`` of its result refers to stay as long as the result does; the others go at the end.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        scratch = _Scratch()
+        token = _CURRENT.set(scratch)
+        try:
+            result = function(*args, **kwargs)
+            model = getattr(result, "model", None)
+            if isinstance(model, onnx.ModelProto):
+                scratch.keep(result, model)
+            else:
+                scratch.close()
+            return result
+        except BaseException:
+            scratch.close()
+            raise
+        finally:
+            _CURRENT.reset(token)
+
+    return wrapped
+
+
+def stored(array: np.ndarray, like: onnx.TensorProto) -> onnx.TensorProto:
+    """New values of a tensor: beside the message where the tensor was, if there is a place for them."""
+    scratch = _CURRENT.get()
+    if scratch is None or not is_outside(like) or array.nbytes < OUTSIDE:
+        new = numpy_helper.from_array(np.ascontiguousarray(array), like.name)
+        new.doc_string = like.doc_string
+        return new
+    location = _entries(like)["location"]
+    folder = scratch.put(array, location)
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    shape = TensorProto(name=like.name, data_type=kind, dims=array.shape, doc_string=like.doc_string)
+    new = _outside(shape, location, 0, array.nbytes)
+    new.external_data.append(onnx.StringStringEntryProto(key="basepath", value=str(folder)))
+    return new
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def layout(model: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, dict[Path, list[np.ndarray]]]:
+    """The message to write, and what goes into files beside it, each value aligned.
+
+    Tensors that were outside go to files of the same names beside the new one, or to one named after it where those are
+    the files that they come from.
+    """
+    small, values = detached(model)
+    if not values:
+        return model, {}
+    origin = {t.name: t for t in model.graph.initializer}
+    taken = {_place(t)[0].resolve() for t in model.graph.initializer if is_outside(t)}
+    files: dict[Path, list[np.ndarray]] = {}
+    ends: dict[Path, int] = {}
+    for tensor in small.graph.initializer:
+        if tensor.name not in values:
+            continue
+        location = _entries(origin[tensor.name]).get("location", f"{path.name}.data")
+        if (path.parent / location).resolve() in taken:
+            location = f"{path.name}.data"
+        target = path.parent / location
+        start = -(-ends.get(target, 0) // ALIGNED) * ALIGNED
+        array = values[tensor.name]
+        files.setdefault(target, []).append(array)
+        ends[target] = start + array.nbytes
+        tensor.CopyFrom(_outside(tensor, location, start, array.nbytes))
+    return small, files
