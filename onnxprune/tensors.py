@@ -243,12 +243,14 @@ def stored(array: np.ndarray, like: onnx.TensorProto) -> onnx.TensorProto:
         new = numpy_helper.from_array(np.ascontiguousarray(array), like.name)
         new.doc_string = like.doc_string
         return new
-    location = _entries(like)["location"]
-    folder = scratch.put(array, location)
+    entries = _entries(like)
+    folder = scratch.put(array, entries["location"])
     kind = helper.np_dtype_to_tensor_dtype(array.dtype)
     shape = TensorProto(name=like.name, data_type=kind, dims=array.shape, doc_string=like.doc_string)
-    new = _outside(shape, location, 0, array.nbytes)
-    new.external_data.append(onnx.StringStringEntryProto(key="basepath", value=str(folder)))
+    new = _outside(shape, entries["location"], 0, array.nbytes)
+    origin = entries.get("origin", entries["basepath"])  # where the model keeps the file that must not be overwritten
+    for key, value in (("basepath", str(folder)), ("origin", origin)):
+        new.external_data.append(onnx.StringStringEntryProto(key=key, value=value))
     return new
 
 
@@ -265,7 +267,8 @@ def layout(model: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, dict[Pa
     if not values:
         return model, {}
     origin = {t.name: t for t in model.graph.initializer}
-    taken = {_place(t)[0].resolve() for t in model.graph.initializer if is_outside(t)}
+    outside = [_entries(t) for t in model.graph.initializer if is_outside(t)]
+    taken = {(Path(e.get("origin", e["basepath"])) / e["location"]).resolve() for e in outside}
     files: dict[Path, list[np.ndarray]] = {}
     ends: dict[Path, int] = {}
     for tensor in small.graph.initializer:

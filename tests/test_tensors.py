@@ -75,6 +75,18 @@ def test_the_outcome_is_the_same_inside_outside_and_beyond_the_limit(
     assert any(map(tensors.is_outside, outside.model.graph.initializer))
 
 
+def test_the_files_of_the_original_are_not_overwritten_even_where_every_tensor_is_cut(tmp_path: Path) -> None:
+    g = Builder()
+    x = g.Relu(g.MatMul(g.input("x", ["n", 16]), g.weight(16, 32)))
+    model = g.model(g.MatMul(x, g.weight(32, 16)))
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    before = (tmp_path / "weights.bin").read_bytes()
+    result = prune(tmp_path / "m.onnx", speedup=2, threads=1)
+    result.save(tmp_path / "new.onnx")
+    assert (tmp_path / "weights.bin").read_bytes() == before
+    assert same(onnx.load(tmp_path / "new.onnx"), result.model)
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_the_written_model_keeps_the_layout(tmp_path: Path, elsewhere: bool) -> None:
     path = saved(tmp_path)
