@@ -127,7 +127,10 @@ def state(node: Node, graph: Graph, shapes: Shapes) -> Statement:
     relation: BoundRelation | Refusal
     missing = [n for n in (*node.inputs, *node.outputs) if n and not shapes.known(n)]
     if node.captured:
-        relation = Refusal(f"{node.op} has a body, and channels that cross into a body stay")
+        # the branches of an If would have to be cut alike, and what a Loop carries as it was before the first turn
+        relation = Refusal(
+            f"{node.op} has a body, and channels that cross into a body stay; export without control flow"
+        )
     elif missing:
         relation = Refusal(f"the shape of {missing[0]} is not known")
     else:

@@ -24,6 +24,7 @@ from onnxprune.errors import InputError, InternalError
 from onnxprune.files import write_model
 from onnxprune.graph import Graph, read_model
 from onnxprune.groups import Kind, Seed
+from onnxprune.macs import uncounted
 from onnxprune.normalise import normalise
 from onnxprune.pipeline import Chooser
 from onnxprune.plan import Plan, removed_positions
@@ -197,6 +198,8 @@ def prune(
         timing = Timing(analysis, original, deployed, runtime, wanted, cut, default_cache(), progress)
         choices = timing.measure(choices, best_effort)
     warnings = list(calibration.warnings)
+    if hidden := uncounted(analysis.graph.model):
+        warnings.append(f"{hidden} layers in bodies of If, Loop or Scan stay as they are, and are not counted")
     if len(calibration) < _FEWEST_TO_SPLIT:
         warnings.append(
             f"only {len(calibration)} samples: fidelity is measured on those that the weights were fitted to"

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 
 from onnxprune.graph import Node
 from onnxprune.probe import Shapes
+from onnxprune.tensors import graphs
 
 AxisId = tuple[str, int]
 Shape = tuple[int, ...]
@@ -56,6 +58,12 @@ def mac_terms(node: Node, shapes: Shapes) -> tuple[MacTerm, ...]:
     except LookupError:
         return ()
     return tuple(MacTerm(node.label, node.index, coefficient, axes) for coefficient, axes in parts)
+
+
+def uncounted(model: onnx.ModelProto) -> int:
+    """How many operators in bodies (If, Loop, Scan) hold multiply-accumulates: how often they run is not known."""
+    _, *bodies = graphs(model)
+    return sum((node.domain, node.op_type) in _TABLE for body in bodies for node in body.node)
 
 
 def holds_macs(node: Node) -> bool:

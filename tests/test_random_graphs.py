@@ -282,6 +282,59 @@ class Grower:
         self.keep_scale(y, x)
         self.add(y, self.pool[x])
 
+    def recurrent(self) -> None:
+        """A recurrent layer over the sequence, in one direction or both."""
+        x = self.any(3)
+        if x is None or self.pool[x][2] > 16:
+            return
+        n, t, d = self.pool[x]
+        h, ways = self.pick(3, 4), self.pick(1, 2)
+        op, gates = {1: ("RNN", 1), 3: ("GRU", 3), 4: ("LSTM", 4)}[self.pick(1, 3, 4)]
+        weights = [self.g.weight(ways, gates * h, k) for k in (d, h)] + [self.g.weight(ways, 2 * gates * h)]
+        options = {"direction": "bidirectional"} if ways == 2 else {}
+        y = self.g.node(op, self.g.Transpose(x, perm=[1, 0, 2]), *weights, hidden_size=h, **options)
+        y = self.g.Reshape(self.g.Transpose(y, perm=[2, 0, 1, 3]), self.g.const([0, 0, -1]))
+        self.keep_scale(y, x)
+        self.add(y, (n, t, ways * h))
+
+    def mix_tokens(self) -> None:
+        """Heads and their sizes as letters of an equation."""
+        x = self.any(3)
+        if x is None:
+            return
+        n, t, d = self.pool[x]
+        h, k = self.pick(2, 3), self.pick(2, 4)
+        y = self.g.Einsum(x, self.g.weight(h, d, k, scale=d**-0.5), equation="btd,hdk->bthk")
+        y = self.g.Einsum(self.g.Relu(y), self.g.weight(h, k, d, scale=0.3), equation="bthk,hkd->btd")
+        self.keep_scale(y, x)
+        self.add(self.g.Add(x, y), (n, t, d))
+        self.keep_scale(list(self.pool)[-1], x)
+
+    def group_norm(self) -> None:
+        """Written as exporters do: InstanceNormalization over groups, then a scale and a shift per channel."""
+        x = self.any(4)
+        if x is None or self.fully or self.pool[x][0] == 0:
+            return
+        n, c, h, w = self.pool[x]
+        groups = self.pick(*(k for k in (1, 2, 3, c) if c % k == 0))
+        y = self.g.Reshape(x, self.g.const([n, groups, -1]))
+        y = self.g.InstanceNormalization(y, self.g.const(np.ones(groups)), self.g.const(np.zeros(groups)))
+        y = self.g.Mul(self.g.Reshape(y, self.g.const([n, c, h, w])), self.g.weight(c, 1, 1, scale=0.5))
+        self.add(self.g.Add(y, self.g.weight(c, 1, 1, scale=0.5)), (n, c, h, w))
+
+    def windows(self) -> None:
+        """Partition into windows, a linear layer within them, and back."""
+        x = self.any(4)
+        if x is None or self.fully or self.pool[x][0] == 0 or any(s % 2 for s in self.pool[x][2:]):
+            return
+        n, c, h, w = self.pool[x]
+        y = self.g.Reshape(x, self.g.const([n, c, h // 2, 2, w // 2, 2]))
+        y = self.g.Reshape(self.g.Transpose(y, perm=[0, 2, 4, 3, 5, 1]), self.g.const([n * h * w // 4, 4, c]))
+        out = self.pick(3, 4, 6)
+        y = self.g.Add(self.g.MatMul(y, self.g.weight(c, out, scale=c**-0.5)), self.g.weight(out))
+        y = self.g.Transpose(self.g.Reshape(y, self.g.const([n, h // 2, w // 2, 2, 2, out])), perm=[0, 5, 1, 3, 2, 4])
+        self.add(self.g.Reshape(y, self.g.const([n, out, h, w])), (n, out, h, w))
+
     def to_vector(self) -> None:
         x = self.any(4)
         if x is None:
@@ -304,7 +357,7 @@ class Grower:
         ("conv", 6), ("activation", 5), ("add_two", 3), ("concat", 2), ("split", 2), ("slice", 1), ("gather", 1),
         ("pad_channels", 1), ("gate", 2), ("shuffle", 2), ("pool_down", 1), ("resize", 1), ("depth_to_space", 1),
         ("transposed_conv", 1), ("to_sequence", 1), ("linear", 2), ("attention", 1), ("layer_norm", 1),
-        ("to_vector", 1), ("gemm", 2),
+        ("to_vector", 1), ("gemm", 2), ("recurrent", 1), ("mix_tokens", 1), ("group_norm", 1), ("windows", 1),
     )  # fmt: skip
 
     def grow(self, steps: int) -> onnx.ModelProto:
@@ -331,3 +384,22 @@ def test_a_random_graph_is_pruned_exactly(seed: int) -> None:
     model = Grower(seed).grow(10 + seed % 20)
     _, _, _, proof = pruned(model, seed)
     assert proof.max_relative_difference < 2e-5
+
+
+def test_every_step_is_taken_by_some_sample() -> None:
+    """No step of the generator lies idle: in some sample it adds nodes."""
+    taken: set[str] = set()
+    for seed in range(SAMPLES):
+        grower = Grower(seed)
+        for name, _ in Grower.STEPS:
+            step = getattr(grower, name)
+
+            def counted(step=step, name=name, g=grower.g) -> None:
+                before = len(g.nodes)
+                step()
+                if len(g.nodes) > before:
+                    taken.add(name)
+
+            setattr(grower, name, counted)
+        grower.grow(10 + seed % 20)
+    assert taken == {name for name, _ in Grower.STEPS}
