@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,13 +52,18 @@ class Kind:
         units = [g.units for g in self.first.analysis.groups]
         return tuple(int(w) for w in self.first.widths(np.array([kept.get(g, n) for g, n in enumerate(units)])))
 
-    def driven(self) -> Iterator[tuple[int, int, Callable[[int], int]]]:
-        """Sides that a single group makes narrower: the side, the group, and from its kept count to the width."""
+    def driven(self, alone: Collection[int]) -> Iterator[tuple[int, int, Callable[[int], int]]]:
+        """Sides with a group that makes them narrower, and from its kept count to the side's width.
+
+        A group that is ``alone`` on some side is left out where it shares one; there the others count as whole.
+        """
+        units = self.first.analysis.groups
         for part in self.parts:
             for side, groups in enumerate(part.sides):
-                if len(groups) == 1:
-                    base, slope = float(part.base[side]), float(part.slope[side, groups[0]])
-                    yield side, groups[0], functools.partial(_width, base, slope)
+                for group in groups:
+                    if len(groups) == 1 or group not in alone:
+                        slope = float(part.slope[side, group])
+                        yield side, group, functools.partial(_width, part.full[side], slope, units[group].units)
 
     @property
     def full(self) -> float:
@@ -66,8 +71,8 @@ class Kind:
         return self.lines[0].times[self.lines[0].full]
 
 
-def _width(base: float, slope: float, count: int) -> int:
-    return round(base + slope * count)
+def _width(full: int, slope: float, units: int, count: int) -> int:
+    return round(full - slope * (units - count))
 
 
 class TimeCost(Cost):
@@ -183,9 +188,9 @@ def measure_parts(
             break
     wanted = set()
     units = [g.units for g in analysis.groups]
-    steps = _counts(kinds, units, Line.corners)
+    alone, steps = _alone(kinds), _counts(kinds, units, Line.corners)
     for k, kind in enumerate(kinds):
-        for side, group, to_width in kind.driven():
+        for side, group, to_width in kind.driven(alone):
             for count in steps[group] or ():
                 width = to_width(count)
                 if width not in kind.lines[side].times:
@@ -199,17 +204,18 @@ def measure_parts(
 
 
 def timed_choices(kinds: Sequence[Kind], choices: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Of kept counts to choose from, those whose time is known wherever the group stands alone.
+    """Of kept counts to choose from, those whose time is known on every side that the group makes narrower.
 
-    Between them lie widths that would take as long, or longer. A group that never stands alone, or of which nothing
-    would be left, keeps its choices.
+    Between them lie widths that would take as long, or longer. A group that was not timed, or of which nothing would be
+    left, keeps its choices.
     """
     units = [int(c[-1]) for c in choices]
     known = _counts(kinds, units, lambda line: list(line.times))
     useful = _counts(kinds, units, Line.corners)
     everywhere: list[set[int] | None] = [None] * len(units)
+    alone = _alone(kinds)
     for kind in kinds:
-        for side, group, to_width in kind.driven():
+        for side, group, to_width in kind.driven(alone):
             here = {count for count in known[group] or () if to_width(count) in kind.lines[side].times}
             before = everywhere[group]
             everywhere[group] = here if before is None else before & here
@@ -221,14 +227,20 @@ def timed_choices(kinds: Sequence[Kind], choices: Sequence[np.ndarray]) -> list[
     return found
 
 
+def _alone(kinds: Sequence[Kind]) -> set[int]:
+    """Groups that some side has to itself."""
+    return {side[0] for kind in kinds for part in kind.parts for side in part.sides if len(side) == 1}
+
+
 def _counts(
     kinds: Sequence[Kind], units: Sequence[int], widths_of: Callable[[Line], list[int]]
 ) -> list[set[int] | None]:
-    """Per group the kept counts that give some line one of these widths; None where it never stands alone."""
+    """Per group the kept counts that give some line one of these widths; None where it was not timed."""
     found: list[set[int] | None] = [None] * len(units)
+    alone = _alone(kinds)
     for kind in kinds:
         of_lines = [set(widths_of(line)) for line in kind.lines]
-        for side, group, to_width in kind.driven():
+        for side, group, to_width in kind.driven(alone):
             new = {count for count in range(1, units[group] + 1) if to_width(count) in of_lines[side]}
             found[group] = (found[group] or set()) | new
     return found

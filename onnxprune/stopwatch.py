@@ -25,6 +25,7 @@ Array = npt.NDArray[Any]
 
 _TOGETHER = 48  # sessions held at once
 _ROUNDS = (6, 40)  # fewest and most
+_FEWEST_SLOW, _LONGEST = 3, 0.4  # rounds that a model gets that takes longer than so many seconds in all
 _STRETCH = 1e-3  # seconds of runs of one model per round
 _MOST_RUNS = 24  # per round
 _TIGHT = 0.004  # relative standard error at which a model is done
@@ -92,7 +93,7 @@ class Stopwatch:
             return {}
         pace = _Running(self.runtime, yardstick())
         values: dict[str, list[float]] = {key: [] for key in running}
-        left = list(running)
+        left, spent = list(running), dict[str, float]()
         for round_number in range(_ROUNDS[1]):
             before, seen = pace.time(), {}
             for key in left if round_number % 2 == 0 else reversed(left):
@@ -100,8 +101,11 @@ class Stopwatch:
             slowness = (before + pace.time()) / 2 / self._usual(before)
             for key, seconds in seen.items():
                 values[key].append(seconds / slowness)
+            spent = {key: spent.get(key, 0.0) + running[key].runs * seen[key] for key in left}
             if round_number + 1 >= _ROUNDS[0]:
                 left = [key for key in left if robust(values[key])[1] > _TIGHT]
+            if round_number + 1 >= _FEWEST_SLOW:
+                left = [key for key in left if spent[key] < _LONGEST]
             if not left:
                 break
         return {key: robust(each)[0] for key, each in values.items()}
