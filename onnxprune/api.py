@@ -18,7 +18,7 @@ from onnxprune.comparison import compare, measure_fidelity
 from onnxprune.cost import Latency, measure_latency, params
 from onnxprune.costs import CostModel
 from onnxprune.counting import count_model_macs, count_peak_memory, nominal_shapes
-from onnxprune.data import Calibration, Preprocessing, load_calibration
+from onnxprune.data import Calibration, InputSpec, Preprocessing, load_calibration
 from onnxprune.deployed import deployed_feeds
 from onnxprune.errors import InputError, InternalError
 from onnxprune.files import write_model
@@ -28,7 +28,7 @@ from onnxprune.macs import uncounted
 from onnxprune.normalise import normalise
 from onnxprune.pipeline import Chooser
 from onnxprune.plan import Plan, removed_positions
-from onnxprune.probe import probe
+from onnxprune.probe import Feeds, probe
 from onnxprune.progress import Progress
 from onnxprune.promise import MISSED, Timing
 from onnxprune.report import (
@@ -172,11 +172,7 @@ def prune(
             preprocessing=preprocessing or Preprocessing(),
         )
         if calibration.is_random:  # at sizes that the model is known to run at
-            feeds = probe(graph, runtime, seed=seed).probes[0].feeds
-            sizes = {
-                spec.name: (1, *feeds[spec.name].shape[1:]) if spec.shape[:1] == (None,) else feeds[spec.name].shape
-                for spec in graph.inputs
-            }
+            sizes = _of_one_sample(graph, [p.feeds for p in probe(graph, runtime, seed=seed).probes])
             calibration = load_calibration(None, graph.inputs, samples=samples, seed=seed, dynamic=sizes)
         fit_data, held_out = _split(calibration)
     with progress.stage("groups"):
@@ -417,6 +413,23 @@ def _check_written(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         raise InternalError(f"the pruned model does not pass onnx.checker: {error}") from error
+
+
+def _of_one_sample(graph: Graph, feeds: Sequence[Feeds]) -> dict[str, tuple[int, ...]]:
+    """Sizes of the inputs for one sample, from sizes at which the model is known to run.
+
+    The batch is the first axis where that is dynamic, and every other dynamic axis that is always as long (the second
+    one of a recurrent state).
+    """
+    batches = {tuple(f[spec.name].shape[0] for f in feeds) for spec in graph.inputs if spec.shape[:1] == (None,)}
+    several = len(feeds) > 1  # at one size alone, alike may be by chance
+
+    def size(spec: InputSpec, axis: int) -> int:
+        found = tuple(f[spec.name].shape[axis] for f in feeds)
+        is_batch = axis == 0 or (several and found in batches)
+        return 1 if spec.shape[axis] is None and is_batch else found[0]
+
+    return {spec.name: tuple(size(spec, axis) for axis in range(len(spec.shape))) for spec in graph.inputs}
 
 
 def _removed(

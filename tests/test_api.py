@@ -477,3 +477,13 @@ def test_the_calibration_files_are_preprocessed_as_the_tests_are() -> None:
     raw = np.load(MODELS / "digits_cnn.test.npz")["images"]
     data = load_calibration({"input": raw}, spec)
     np.testing.assert_allclose(data.feeds([0])["input"][0], images[data._order[0]], atol=1e-6)
+
+
+def test_a_state_beside_a_batch_is_fed_with_one_sample() -> None:
+    g = Builder()
+    x = g.Transpose(g.input("x", ["b", "t", 6]), perm=[1, 0, 2])
+    state = [g.input(name, [1, "b", 5]) for name in ("h", "c")]
+    y, h, c = g.node("LSTM", x, g.weight(1, 20, 6), g.weight(1, 20, 5), "", "", *state, outputs=3, hidden_size=5)
+    model = g.model(g.linear(g.Relu(g.linear(g.Squeeze(y, g.const([1])), 16)), 3), h, c)
+    result = prune(model, speedup=1.2, select="random", reconstruct=False, best_effort=True, samples=4, threads=1)
+    assert result.report.removed
