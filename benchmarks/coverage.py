@@ -26,6 +26,7 @@ from typing import Any
 
 TARGET = 1.5
 OTHERS = Path(__file__).with_name("coverage_others.py")
+ONNXSIM = ("onnxsim", "onnxsim_simplified")
 OTHER_NAMES = {
     "onnxsim": "onnxsim's `apply_structured_pruning` of the files",
     "onnxsim_simplified": "the same after `simplify`",
@@ -191,26 +192,31 @@ def main() -> None:
         known = {row["file"]: row for row in json.loads(target.read_text())["rows"]}
     refused = {path.stem: path.read_text() for path in options.models.glob("*.failed")}
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    rows = []
-    for path in sorted(options.models.glob("*.onnx")):
-        row = known.get(path.stem)
-        if not re.search(options.only, path.stem) or (row and verdict(row) not in options.again.split(",")):
-            rows += [row] if row else []
+    paths = sorted(options.models.glob("*.onnx"))
+    rows = {path.stem: known[path.stem] for path in paths if path.stem in known}
+    for path in paths:
+        row = rows.get(path.stem, {})
+        own = not row or verdict(row) in options.again.split(",")
+        others = options.others and not set(row) & set(OTHER_NAMES)
+        if not re.search(options.only, path.stem) or not (own or others):
             continue
-        judge = ["--judge", str(options.judge)] if options.judge else []
-        row = {"file": path.stem}
-        row |= _child([sys.executable, __file__, str(path), "--one", "own", *judge], options.seconds)
-        if options.others:
+        if own:
+            judge = ["--judge", str(options.judge)] if options.judge else []
+            answers = {key: value for key, value in row.items() if key in OTHER_NAMES}
+            command = [sys.executable, __file__, str(path), "--one", "own", *judge]
+            row = {"file": path.stem} | _child(command, options.seconds) | answers
+        if others:
             found = _child([str(options.others), str(OTHERS), str(path)], options.seconds)
-            row |= found if "error" not in found else dict.fromkeys(OTHER_NAMES[:2], f"failed: {found['error']}")
-        rows.append(row)
+            row |= found if "error" not in found else dict.fromkeys(ONNXSIM, f"failed: {found['error']}")
+        rows[path.stem] = row
         said = row.get("error") or f"{row['prunable']:.2f} {row['speedup']:.2f}x {row['seconds']} s {row['frozen'][:1]}"
         print(f"{path.stem}: {verdict(row)} {said}", file=sys.stderr, flush=True)
         if target:
-            target.write_text(json.dumps({"rows": rows}, indent=1))
-            target.with_suffix(".md").write_text(markdown(rows, machine, refused))
+            done = [rows[name] for name in sorted(rows)]
+            target.write_text(json.dumps({"rows": done}, indent=1))
+            target.with_suffix(".md").write_text(markdown(done, machine, refused))
     if not target:
-        print(markdown(rows, machine, refused))
+        print(markdown([rows[name] for name in sorted(rows)], machine, refused))
 
 
 if __name__ == "__main__":
