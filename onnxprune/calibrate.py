@@ -14,7 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from onnxprune.analysis import Analysis
+from onnxprune.blocks import Block, BlockData
 from onnxprune.data import Calibration
+from onnxprune.joint import Network
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader
 from onnxprune.runtime import Runtime
@@ -22,13 +24,15 @@ from onnxprune.segments import Segments, late_order
 from onnxprune.shelf import Shelf, Shelved
 from onnxprune.statistics import FOLDS, Statistics
 from onnxprune.surroundings import Behind, Samples, look_behind
-from onnxprune.unfold import out_positions, sample_positions
+from onnxprune.unfold import columns_of, out_positions, sample_positions
 
 TARGET_ROWS = 65536  # rows per reader: positions are drawn so that all samples together give about this many
 ROWS_PER_COLUMN = 16  # and at least so many per column of the unfolded input
 FRONTIER_BYTES = 1 << 30  # of one frontier in memory; a larger one goes to files
 _CHUNK_BYTES = 256 << 20  # activations of a batch in the collecting pass
 _LARGEST_BATCH = 64
+_BLOCK_ROWS = 1 << 16  # output positions that a fit of a block looks at
+_BLOCK_BYTES = 256 << 20  # and what its unfolded inputs may take
 
 Tensors = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]  # new values of stored tensors, in their original shapes
@@ -109,6 +113,7 @@ def _is_fixed(analysis: Analysis, reader: Reader) -> bool:
 
 
 Fitter = Callable[[Reader, list[list[Statistics]], Samples | None], Arrays]
+BlockFitter = Callable[[Network, BlockData, Sequence[Behind], Arrays], Arrays]
 
 
 class Sweep:
@@ -122,10 +127,17 @@ class Sweep:
         batches: the data.
         runtime: how to run.
         arrays: stored tensors that are changed from the start.
+        blocks: to stop at as well, behind their last reader.
     """
 
     def __init__(
-        self, analysis: Analysis, readers: Sequence[Reader], batches: Batches, runtime: Runtime, arrays: Arrays
+        self,
+        analysis: Analysis,
+        readers: Sequence[Reader],
+        batches: Batches,
+        runtime: Runtime,
+        arrays: Arrays,
+        blocks: Sequence[Block] = (),
     ) -> None:
         self.graph = analysis.graph
         self.analysis = analysis
@@ -136,35 +148,80 @@ class Sweep:
         place = self.segments.place
         self.readers = sorted(readers, key=lambda r: place[r.layer.node.index])
         self.cuts = [place[r.layer.node.index] for r in self.readers]
+        stops = {r.index for r in self.readers}
+        self.runtime = runtime
+        self.blocks = [b for b in blocks if batches.data.batchable and {r.index for r in b.outer} <= stops]
+        self._ends = {id(b): max(place[r.layer.node.index] for r in b.outer) for b in self.blocks}
 
-    def run(self, fit: Fitter, progress: Progress) -> Arrays:
-        """Visit every reader; ``fit`` turns its statistics (per group, per fold) into new stored tensors."""
+    def run(self, fit: Fitter, fit_block: BlockFitter, progress: Progress) -> Arrays:
+        """Visit every reader and block.
+
+        Args:
+            fit: turns a reader's statistics (per group, per fold) into new stored tensors.
+            fit_block: the same for a block and some samples of what it reads and should give.
+            progress: advanced by one per reader.
+        """
         if not self.readers:
             return self.arrays
         with Shelf(FRONTIER_BYTES) as shelf:
-            here = self.segments.frontier(self.cuts[0])
+            here = self._frontier(self.cuts[0])
             original = self._enter(here, {}, shelf)
             # until something changes, both networks are one
             pruned = self._enter(here, self.arrays, shelf) if self.arrays else list(original)
+            taking = {id(b): Taking(b, self.analysis, self.batches) for b in self.blocks}
             for k, reader in enumerate(self.readers):
                 start, last = self.cuts[k], k + 1 == len(self.cuts)
                 stop = start + 1 if last else self.cuts[k + 1]
-                ahead = [] if last else self.segments.frontier(stop)
+                ahead = [] if last else self._frontier(stop)
                 behind = self._behind(reader, here)
                 folds, samples = self._empty(reader), Samples.of(behind, reader, len(original))
+                blocks = [b for b in self.blocks if reader in b.outer]
                 piece = None
                 for batch in range(len(original)):
                     now, beside = shelf.get(original[batch]), shelf.get(pruned[batch])
                     piece = piece or self.segments.piece(start, stop, [*ahead, reader.layer.output], now)
                     found = piece.run(now)
-                    self._add(folds, samples, reader, behind, batch, now, beside, found[reader.layer.output])
+                    output = found[reader.layer.output]
+                    self._add(folds, samples, reader, behind, batch, now, beside, output)
+                    for block in blocks:
+                        taking[id(block)].add(batch, reader, behind, output, now, beside)
                     original[batch] = shelf.put({name: found[name] for name in ahead}, self._bytes(ahead))
                 self.arrays |= fit(reader, folds, samples)
+                for block in [b for b in blocks if self._ends[id(b)] == start]:
+                    taken = taking.pop(id(block))
+                    net = Network(self.graph, self.segments, self.runtime, block)
+                    found = fit_block(net, taken.data(), taken.behind, self.arrays)
+                    self.arrays |= found
+                    if found:
+                        self._again(block, start, here, pruned, shelf)
                 if not last:
                     self._advance(start, stop, ahead, pruned, shelf)
                 here = ahead
                 progress.advance()
         return self.arrays
+
+    def _frontier(self, cut: int) -> list[str]:
+        """What is needed behind a cut, and what blocks that are still open read."""
+        made = {n: self.segments.place[p.index] for n, p in self.graph.producer.items()}
+        open_ = {n for b in self.blocks for n in b.held if made.get(n, -1) < cut <= self._ends[id(b)]}
+        needed = self.segments.frontier(cut)
+        return [*needed, *sorted(open_ - set(needed))]
+
+    def _again(self, block: Block, stop: int, here: Sequence[str], states: list[Shelved], shelf: Shelf) -> None:
+        """Run the pruned network again from a block's inner layers to this cut."""
+        moved = {i.layer.output for i in block.inner}
+        nodes = [i.layer.node.index for i in block.inner]
+        for index in self.segments.order[:stop]:
+            node = self.graph.nodes[index]
+            if moved & {*node.inputs, *node.captured}:
+                moved.update(node.outputs)
+                nodes.append(index)
+        names = [name for name in here if name in moved]
+        piece = None
+        for batch, shelved in enumerate(states):
+            tensors = shelf.get(shelved)
+            piece = piece or self.segments.part(nodes, names, tensors, self.arrays)
+            states[batch] = shelf.put({**tensors, **piece.run(tensors)}, self._bytes(here))
 
     def _behind(self, reader: Reader, here: Sequence[str]) -> Behind:
         behind, shapes = look_behind(self.graph, reader, set(here)), self.analysis.shapes
@@ -212,7 +269,6 @@ class Sweep:
         x = pruned[reader.layer.data]
         out = out_positions(reader.layer, output.shape)
         positions = self.batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
-        rows = reader.unfolding.rows(x, positions, out)
         target = reader.unfolding.targets(output, positions)
         shortcut: np.ndarray | None = None
         if behind.residual:
@@ -220,13 +276,75 @@ class Sweep:
             shortcut = reader.unfolding.targets(there, positions)
             if here is not there:
                 gap = reader.unfolding.targets(here, positions) - shortcut
-                target = target + behind.before_scale(gap)
+                target = target + behind.before_scale(gap, (len(gap), 1, -1))
         # samples take turns between the folds, whatever the batch size
         fold = (np.arange(len(x)) + batch) % FOLDS
         for k in range(FOLDS):
-            mine = np.repeat(fold == k, rows.shape[1] // len(x))
-            for g, (part, wanted) in enumerate(zip(rows, target, strict=True)):
-                if mine.any():
-                    folds[g][k].add(part[mine], wanted[mine])
-        if samples is not None:
-            samples.add(rows[0], target[0], shortcut[0] if shortcut is not None else None)
+            mine = np.flatnonzero(fold == k)
+            if not len(mine):
+                continue
+            rows = reader.unfolding.rows(x[mine], positions, out)
+            chosen = np.repeat(fold == k, target.shape[1] // len(x))
+            wanted = target[:, chosen]
+            for g in range(len(rows)):
+                folds[g][k].add(rows[g], wanted[g])
+            if samples is not None:
+                samples.add(rows[0], wanted[0], shortcut[0][chosen] if shortcut is not None else None)
+
+
+class Taking:
+    """Takes in what a block reads and should give, for a part of the samples."""
+
+    def __init__(self, block: Block, analysis: Analysis, batches: Batches) -> None:
+        self.batches = batches
+        self.behind: list[Behind] = []
+        self.held: dict[str, list[np.ndarray]] = {name: [] for name in block.held}
+        self.wanted: list[list[np.ndarray]] = []
+        self.offset: list[list[np.ndarray]] = []
+        self._step = self._stride(block, analysis, len(batches.data))
+
+    def add(
+        self, batch: int, reader: Reader, behind: Behind, output: np.ndarray, original: Tensors, pruned: Tensors
+    ) -> None:
+        """One batch at one of the block's readers."""
+        if batch == 0:
+            self.behind.append(behind)
+            self.wanted.append([])
+            self.offset.append([])
+        part = self.batches.parts[batch]
+        chosen = np.flatnonzero(np.asarray(part) % self._step == 0)
+        if not len(chosen):
+            return
+        if len(self.wanted) == 1:
+            for name, arrays in self.held.items():
+                arrays.append(pruned[name][chosen])
+        axis = reader.layer.channel_axis % output.ndim
+        shape = tuple(-1 if k == axis else 1 for k in range(output.ndim))
+        wanted, offset = output[chosen], behind.shift.reshape(shape).astype(output.dtype)
+        if behind.residual:
+            here, there = original[behind.residual][chosen], pruned[behind.residual][chosen]
+            wanted = wanted + behind.before_scale(here - there, shape)
+            offset = offset + there
+        self.wanted[-1].append(wanted)
+        self.offset[-1].append(np.broadcast_to(offset, wanted.shape))
+
+    @staticmethod
+    def _stride(block: Block, analysis: Analysis, samples: int) -> int:
+        """One sample in so many: as many as the rows of all unfolded inputs leave room for."""
+        layers = [(i.layer, i.unfolding) for i in block.inner] + [(r.layer, r.unfolding) for r in block.outer]
+        rows, size = 1, 0
+        for layer, unfolding in layers:
+            out = out_positions(layer, analysis.shapes.probes[0].shapes[layer.output])
+            positions = int(np.prod(out, dtype=np.int64))
+            columns = unfolding.group * columns_of(layer, tuple(analysis.graph.stored(layer.weight).dims))
+            rows, size = max(rows, positions), size + 4 * positions * columns
+        room = min(_BLOCK_ROWS // rows, _BLOCK_BYTES // size)
+        return max(samples // max(room, 1), 1)
+
+    def data(self) -> BlockData:
+        """All of it."""
+        return BlockData(
+            {k: np.concatenate(v) for k, v in self.held.items()},
+            tuple(np.concatenate(w) for w in self.wanted),
+            tuple(np.concatenate(o) for o in self.offset),
+        )

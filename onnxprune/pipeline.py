@@ -9,25 +9,28 @@ import numpy as np
 
 from onnxprune import budget
 from onnxprune.analysis import Analysis, GroupInfo
+from onnxprune.blocks import BlockData, find_blocks
 from onnxprune.calibrate import Arrays, Batches, Sweep, batch_size, collect
 from onnxprune.costs import Several
 from onnxprune.data import Calibration
+from onnxprune.joint import Network, Part, current, fit_block, stored_tensors
+from onnxprune.layers import Layer
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
-from onnxprune.readers import Reader, find_readers
-from onnxprune.reconstruct import Fit, fit, refine, solve
+from onnxprune.readers import Reader, find_readers, matrices_of
+from onnxprune.reconstruct import Fit, Saturation, fit, refine, solve
 from onnxprune.runtime import Runtime
 from onnxprune.select import Problem, Ranking
 from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights
 from onnxprune.sensitivity import measure
 from onnxprune.statistics import Statistics
-from onnxprune.surroundings import Samples
+from onnxprune.surroundings import Behind, Samples
 from onnxprune.targets import Limit
-from onnxprune.unfold import from_matrices
 
 LEVELS = (0.85, 0.7, 0.55, 0.4, 0.25, 0.1)  # kept shares at which a group's loss is measured
 # samples on which damage is measured: so many that all of it costs about as much as four passes over the data
 FEWEST_SENSITIVITY_SAMPLES, MOST_SENSITIVITY_SAMPLES = 64, 256
+_JUDGING = 5  # of so many samples of a block one is held out
 _RIDGE = 1e-4  # of the first, one-shot reconstructions
 
 
@@ -149,7 +152,7 @@ class Chooser:
             matrices = [
                 solve(s, left, w, _RIDGE) for s, w in zip(self.statistics[reader.index], reader.weights, strict=True)
             ]
-            arrays |= stored_arrays(self.analysis, reader, np.stack(matrices))
+            arrays |= stored_tensors(self.analysis.graph, reader.layer, np.stack(matrices))
         return {name: without(array, silent.get(name)) for name, array in arrays.items()}
 
     # -------------------------------------------------------------------------------------------------- sweep
@@ -181,7 +184,14 @@ class Chooser:
             if r.index in heads or any(counts[g] < self.analysis.groups[g].units for g in r.columns)
         ]
         size = self.batch or batch_size(self.analysis, [r.layer.data for r in cut])
-        runner = Sweep(self.analysis, cut, Batches(self.data, size, self.seed), self.runtime, arrays)
+        runner = Sweep(
+            self.analysis,
+            cut,
+            Batches(self.data, size, self.seed),
+            self.runtime,
+            arrays,
+            find_blocks(self.analysis, self.readers),
+        )
 
         def fit_reader(reader: Reader, folds: list[list[Statistics]], samples: Samples | None) -> Arrays:
             together = [a + b for a, b in folds]
@@ -197,19 +207,54 @@ class Chooser:
             if samples is not None:
                 fits = [refine(fits[0], *samples.arrays(), samples.saturation, left, reader.weights[0])]
             self._note(reader, fits)
-            found = stored_arrays(self.analysis, reader, np.stack([f.weights for f in fits]))
+            found = stored_tensors(self.analysis.graph, reader.layer, np.stack([f.weights for f in fits]))
             found = {name: without(array, silent.get(name)) for name, array in found.items()}
-            if all(np.isfinite(cast(a, self.analysis.graph.array(n).dtype)).all() for n, a in found.items()):
+            if self._fits(found):
                 return found
             # the old ones stay, with zeros where units went
             kind = self.analysis.graph.array(reader.layer.weight).dtype
             self.notes.append(f"the weights fitted for {reader.layer.node.label!r} do not fit into {kind}: not fitted")
             gone = np.ones((1, reader.width, 1))
             gone[:, self._gone(reader)] = 0.0
-            return stored_arrays(self.analysis, reader, reader.weights * gone)
+            return stored_tensors(self.analysis.graph, reader.layer, reader.weights * gone)
 
         with self.progress.stage("reconstruct", len(cut)):
-            return runner.run(fit_reader, self.progress)
+            return runner.run(fit_reader, self._fit_block, self.progress)
+
+    def _fits(self, arrays: Arrays) -> bool:
+        """Whether the model's types can hold the values."""
+        return all(np.isfinite(cast(a, self.analysis.graph.array(n).dtype)).all() for n, a in arrays.items())
+
+    def _fit_block(self, net: Network, data: BlockData, behind: Sequence[Behind], arrays: Arrays) -> Arrays:
+        """Fit a block's layers together; nothing where that does not help on samples held out."""
+        judging = np.arange(len(data)) % _JUDGING == 0
+        if judging.all():
+            return {}
+        readers = [(i.layer, i.unfolding) for i in net.block.inner] + [(r.layer, r.unfolding) for r in net.block.outer]
+        parts = [
+            Part(layer, unfolding, current(self.analysis.graph, layer, arrays), self._free(layer))
+            for layer, unfolding in readers
+        ]
+        saturations = [Saturation(b.scale.astype(np.float32), *b.limits) if b.limits else None for b in behind]
+        found = fit_block(net, parts, data.take(~judging), data.take(judging), saturations)
+        if found is None:
+            return {}
+        tensors: Arrays = {}
+        for layer, matrices in zip(net.layers, found, strict=True):
+            tensors |= stored_tensors(self.analysis.graph, layer, matrices)
+        return tensors if self._fits(tensors) else {}
+
+    def _free(self, layer: Layer) -> np.ndarray:
+        """Which entries of a layer's matrices belong to units that stay so far."""
+        graph = self.analysis.graph
+        free = {name: np.ones(graph.array(name).shape, bool) for name in (layer.weight, layer.bias) if name}
+        for info in self.analysis.groups:
+            if info.group.index in self.kept:
+                for name, gone in removed_weights(info, self.analysis, self.kept[info.group.index]).items():
+                    if name in free:
+                        free[name] &= ~gone
+        bias = free[layer.bias] if layer.bias else np.zeros(1, bool)
+        return matrices_of(layer, free[layer.weight], bias) > 0.0
 
     def _chosen_on_the_way(self, counts: np.ndarray) -> set[int]:
         """Groups with one reader, whose units are best chosen when the sweep comes to it."""
@@ -227,19 +272,6 @@ class Chooser:
         error = float(np.mean([f.error for f in fits]))
         for group in reader.columns:
             self.errors[group] = max(self.errors.get(group, 0.0), error)
-
-
-def stored_arrays(analysis: Analysis, reader: Reader, matrices: np.ndarray) -> Arrays:
-    """A reader's fitted matrices as the tensors that the model stores."""
-    layer, graph = reader.layer, analysis.graph
-    shape = tuple(graph.stored(layer.weight).dims)
-    arrays = {layer.weight: from_matrices(layer, matrices[:, :-1], shape)}
-    if layer.bias:
-        bias = matrices[:, -1].reshape(-1)
-        old = graph.array(layer.bias)
-        # the Add behind a MatMul goes on adding what it added
-        arrays[layer.bias] = bias + old if layer.node.op == "MatMul" else bias.reshape(old.shape)
-    return arrays
 
 
 def without(array: np.ndarray, gone: np.ndarray | None) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxprune.analysis import Analysis
 from onnxprune.layers import Layer
-from onnxprune.unfold import Unfolding, to_matrices
+from onnxprune.unfold import Unfolding, columns_of, to_matrices
 
 MAX_COLUMNS = 8192  # a Gram matrix of this many columns takes half a GiB; wider readers keep their weights
 
@@ -48,7 +48,7 @@ def find_readers(analysis: Analysis) -> tuple[Reader, ...]:
         parts = by_axis.get((layer.weight, layer.weight_axis), [])
         shared = uses[layer.weight] > 1 or (layer.bias and uses[layer.bias] > 1)
         weight_shape = tuple(graph.stored(layer.weight).dims)
-        if shared or _columns(layer, weight_shape) > MAX_COLUMNS or not (parts or layer.node.index in heads):
+        if shared or columns_of(layer, weight_shape) > MAX_COLUMNS or not (parts or layer.node.index in heads):
             continue
         in_shape, out_shape = shapes.shape(layer.data) or (), shapes.shape(layer.output) or ()
         if in_shape[:1] != out_shape[:1]:
@@ -75,13 +75,6 @@ def _slots(layer: Layer, weight_shape: tuple[int, ...], positions: np.ndarray) -
         return None
     slots = np.sort(positions % per_group, axis=1).reshape(len(positions), -1, layer.group)
     return slots[:, :, 0] if (slots == slots[:, :, :1]).all() else None
-
-
-def _columns(layer: Layer, weight_shape: tuple[int, ...]) -> int:
-    """Columns of one group's unfolded input, without the bias."""
-    taps = int(np.prod(weight_shape[2:], dtype=np.int64))
-    channels = weight_shape[layer.weight_axis]
-    return channels // (layer.group if layer.node.op == "ConvTranspose" else 1) * taps
 
 
 def _heads(analysis: Analysis) -> set[int]:
@@ -111,11 +104,16 @@ def _following_scale(analysis: Analysis, layer: Layer) -> np.ndarray:
     return np.ones(outputs)
 
 
+def matrices_of(layer: Layer, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """A layer's tensors as matrices (group, p, outputs / group), the bias (zeros without one) in the last row."""
+    matrices = to_matrices(layer, weight)
+    outputs = matrices.shape[0] * matrices.shape[2]
+    row = np.zeros(1) if bias is None else bias.astype(np.float64).ravel()
+    rows = np.broadcast_to(row, (outputs,)).reshape(matrices.shape[0], 1, -1)
+    return np.concatenate([matrices, rows], axis=1)
+
+
 def _matrices(analysis: Analysis, layer: Layer) -> np.ndarray:
     graph = analysis.graph
-    matrices = to_matrices(layer, graph.array(layer.weight))
-    outputs = matrices.shape[0] * matrices.shape[2]
     inner = layer.bias and layer.node.op != "MatMul"  # the Add behind a MatMul is not part of its output
-    bias = graph.array(layer.bias).astype(np.float64).ravel() if inner else np.zeros(1)
-    rows = np.broadcast_to(bias, (outputs,)).reshape(matrices.shape[0], 1, -1)
-    return np.concatenate([matrices, rows], axis=1)
+    return matrices_of(layer, graph.array(layer.weight), graph.array(layer.bias) if inner else None)

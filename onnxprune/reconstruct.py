@@ -105,6 +105,15 @@ class Saturation:
         result: np.ndarray = np.where(alive & (limited != goal), (limited - offset) / safe, wanted)
         return result
 
+    def open(self, wanted: np.ndarray, offset: np.ndarray, now: np.ndarray) -> np.ndarray:
+        """Where a small change of ``now`` changes what is missing: not where both are cut off alike."""
+        after, goal = self.scale * now + offset, self.scale * wanted + offset
+        shut = (goal <= self.low) & (after <= self.low)
+        if np.isfinite(self.high):
+            shut |= (goal >= self.high) & (after >= self.high)
+        result: np.ndarray = ~shut
+        return result
+
 
 def refine(
     start: Fit,

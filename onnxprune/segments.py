@@ -79,11 +79,21 @@ class Segments:
         arrays: Mapping[str, np.ndarray] | None = None,
         free: Collection[str] = (),
     ) -> Piece:
-        """The nodes at positions [start, stop) as a session.
+        """The nodes at positions [start, stop) as a session; the arguments are those of `part`."""
+        return self.part(self.order[max(start, 0) : stop], outputs, examples, arrays, free)
+
+    def part(
+        self,
+        nodes: Collection[int],
+        outputs: Sequence[str],
+        examples: Mapping[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray] | None = None,
+        free: Collection[str] = (),
+    ) -> Piece:
+        """Some nodes as a session.
 
         Args:
-            start: first position.
-            stop: one behind the last.
+            nodes: their indices in the graph.
             outputs: tensors to compute.
             examples: one array per tensor that is fed; only their types and ranks matter.
             arrays: values that replace stored tensors.
@@ -91,11 +101,8 @@ class Segments:
         """
         arrays = arrays or {}
         graph = self.graph
-        inside = sorted(
-            {i for k, i in enumerate(self.order) if start <= k < stop and self._computes(i)} | self._constants()
-        )
-        nodes = [graph.model.graph.node[i] for i in inside]
-        made = {name for node in nodes for name in node.output}
+        inside = sorted({i for i in nodes if self._computes(i)} | self._constants())
+        made = {name for i in inside for name in graph.nodes[i].outputs}
         needed = {name for i in inside for name in (*graph.nodes[i].inputs, *graph.nodes[i].captured)} | set(outputs)
         model = onnx.ModelProto()
         model.ir_version = max(graph.model.ir_version, 4)

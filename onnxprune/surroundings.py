@@ -9,6 +9,7 @@ import numpy as np
 from onnxprune.graph import Graph, Node
 from onnxprune.readers import Reader
 from onnxprune.reconstruct import Saturation
+from onnxprune.statistics import FOLDS
 
 _SAMPLE_BYTES = 256 << 20  # rows kept for one reader
 
@@ -29,9 +30,14 @@ class Behind:
     residual: str = ""
     limits: tuple[float, float] | None = None
 
-    def before_scale(self, gap: np.ndarray) -> np.ndarray:
-        """A difference behind the scale as one of the reader's output: (group, rows, o / group); dead outputs get 0."""
-        scale = self.scale.reshape(len(gap), 1, -1).astype(gap.dtype)
+    def before_scale(self, gap: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """A difference behind the scale as one of the reader's output; dead outputs get 0.
+
+        Args:
+            gap: the difference.
+            shape: of the scales beside it.
+        """
+        scale = self.scale.reshape(shape).astype(gap.dtype)
         alive = np.abs(scale) > 1e-3 * np.abs(scale).max()
         undone: np.ndarray = np.divide(gap, scale, out=np.zeros_like(gap), where=np.broadcast_to(alive, gap.shape))
         return undone
@@ -111,15 +117,15 @@ class Samples:
             return None
         width = 4 * (reader.width + 2 * len(behind.scale))
         saturation = Saturation(behind.scale.astype(np.float32), *behind.limits)
-        return Samples(saturation, behind.shift.astype(np.float32), max(_SAMPLE_BYTES // width // batches, 1))
+        return Samples(saturation, behind.shift.astype(np.float32), max(_SAMPLE_BYTES // width // (FOLDS * batches), 1))
 
     def add(self, rows: np.ndarray, wanted: np.ndarray, shortcut: np.ndarray | None) -> None:
         """Add a batch: (rows, p), (rows, o), and what the pruned network's shortcut gives."""
         step = -(-len(rows) // self.per_batch)
-        self.rows.append(rows[::step])
-        self.wanted.append(wanted[::step])
+        self.rows.append(rows[::step].copy())
+        self.wanted.append(wanted[::step].copy())
         offset = np.broadcast_to(self.shift, wanted.shape) if shortcut is None else shortcut + self.shift
-        self.offset.append(offset[::step])
+        self.offset.append(offset[::step].copy())
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All of it: (rows, p), (rows, o), (rows, o)."""

@@ -91,19 +91,24 @@ class Unfolding:
         Returns:
             (group, n * p, channels / group * taps + 1); the last column is one.
         """
-        n = x.shape[0]
+        n, dtype = x.shape[0], np.promote_types(x.dtype, np.float32)
         if not self.kernel:
-            picked = x.reshape(n, -1, x.shape[-1])[:, positions].reshape(1, -1, x.shape[-1])
-        else:
-            channels, spatial = x.shape[1], x.shape[2:]
-            index = self._sources(positions, spatial, out)
-            flat = np.concatenate([x.reshape(n, channels, -1), np.zeros((n, channels, 1), x.dtype)], axis=2)
-            taken = np.take(flat, index.ravel(), axis=2)
-            taken = taken.reshape(n, self.group, channels // self.group, len(positions), self.taps)
-            picked = taken.transpose(1, 0, 3, 2, 4).reshape(self.group, n * len(positions), -1)
-        rows = np.ones((*picked.shape[:2], picked.shape[2] + 1), dtype=np.promote_types(x.dtype, np.float32))
-        rows[:, :, :-1] = picked
-        return rows
+            picked = x.reshape(n, -1, x.shape[-1])[:, positions].reshape(-1, x.shape[-1])
+            rows = np.ones((1, len(picked), x.shape[-1] + 1), dtype)
+            rows[0, :, :-1] = picked
+            return rows
+        channels, spatial = x.shape[1], x.shape[2:]
+        index = self._sources(positions, spatial, out)
+        # channels first, so that every tap is one gather with long runs; a last position holds the padding's zero
+        flat = np.zeros((channels, n, int(np.prod(spatial, dtype=np.int64)) + 1), x.dtype)
+        flat[:, :, :-1] = x.reshape(n, channels, -1).transpose(1, 0, 2)
+        inside = channels // self.group
+        columns = np.ones((self.group, inside * self.taps + 1, n * len(positions)), dtype)
+        by_tap = columns[:, :-1].reshape(self.group, inside, self.taps, n, len(positions))
+        for tap in range(self.taps):
+            taken = np.take(flat, index[:, tap], axis=2)
+            by_tap[:, :, tap] = taken.reshape(self.group, inside, n, len(positions))
+        return columns.transpose(0, 2, 1)
 
     def targets(self, y: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """An output (n, o, *spatial) or (n, ..., o) at the same positions: (group, n * p, o / group)."""
@@ -118,6 +123,13 @@ class Unfolding:
         """Columns of some slots of the contracted weight axis: (..., s) -> (..., s * taps)."""
         wide = slots[..., None] * self.taps + np.arange(self.taps)
         return wide.reshape(*slots.shape[:-1], -1)
+
+
+def columns_of(layer: Layer, weight_shape: tuple[int, ...]) -> int:
+    """Columns of one group's unfolded input, without the bias."""
+    taps = int(np.prod(weight_shape[2:], dtype=np.int64))
+    channels = weight_shape[layer.weight_axis]
+    return channels // (layer.group if layer.node.op == "ConvTranspose" else 1) * taps
 
 
 def out_positions(layer: Layer, out_shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from onnxprune import calibrate
 from onnxprune.analysis import Analysis
 from onnxprune.calibrate import Arrays, Batches, Sweep, batch_size, collect
 from onnxprune.data import Calibration, load_calibration
-from onnxprune.pipeline import removed_weights, stored_arrays, without
+from onnxprune.joint import stored_tensors
+from onnxprune.pipeline import removed_weights, without
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers
 from onnxprune.reconstruct import fit, solve
@@ -196,9 +197,13 @@ def sweep(case: Case, fitter: Callable[[Reader, list[list[Statistics]], Arrays],
         now.update(new)
         return new
 
-    found = Sweep(case.analysis, case.readers, case.batches, RUNTIME, start).run(visited, Progress())
+    found = Sweep(case.analysis, case.readers, case.batches, RUNTIME, start).run(visited, never, Progress())
     assert set(found) == set(now)
     return found
+
+
+def never(*_: object) -> dict[str, np.ndarray]:
+    raise AssertionError("no block was given")
 
 
 def kept_columns(case: Case, reader: Reader) -> np.ndarray:
@@ -215,7 +220,7 @@ def refitted(case: Case, reader: Reader, folds: list[list[Statistics]]) -> Array
     """A reader's weights on half of its units."""
     kept = kept_columns(case, reader)
     fits = [fit(part, kept, w).weights for part, w in zip(folds, reader.weights, strict=True)]
-    return stored_arrays(case.analysis, reader, np.stack(fits))
+    return stored_tensors(case.analysis.graph, reader.layer, np.stack(fits))
 
 
 @functools.cache
@@ -331,13 +336,13 @@ def test_nothing_removed_gives_the_original_back(name: str) -> None:
     def fitted(reader: Reader, folds: list[list[Statistics]], _: Arrays) -> Arrays:
         left = np.arange(reader.width - (not reader.layer.bias))
         weights = [fit(part, left, w).weights for part, w in zip(folds, reader.weights, strict=True)]
-        return stored_arrays(case.analysis, reader, np.stack(weights))
+        return stored_tensors(case.analysis.graph, reader.layer, np.stack(weights))
 
     def from_nothing(reader: Reader, folds: list[list[Statistics]], _: Arrays) -> Arrays:
         """Without the weights as they are to shrink to: the sums alone lead back to them."""
         left = np.arange(reader.width - (not reader.layer.bias))
         weights = [solve(a + b, left, np.zeros(w.shape), 1e-9) for (a, b), w in zip(folds, reader.weights, strict=True)]
-        return stored_arrays(case.analysis, reader, np.stack(weights))
+        return stored_tensors(case.analysis.graph, reader.layer, np.stack(weights))
 
     expected = case.outputs({})
     for fitter, tolerance in ((fitted, 1e-5), (from_nothing, 1e-4)):
@@ -465,7 +470,7 @@ def test_a_head_that_reads_no_group_makes_up_for_what_comes_in() -> None:
 
 def test_no_readers_and_no_change() -> None:
     case = case_of("chain")
-    assert Sweep(case.analysis, [], case.batches, RUNTIME, {}).run(lambda *_: {}, Progress()) == {}
+    assert Sweep(case.analysis, [], case.batches, RUNTIME, {}).run(lambda *_: {}, never, Progress()) == {}
 
 
 NO_SUM: dict[str, Callable[[Builder, str, str], str]] = {
@@ -494,7 +499,7 @@ def test_targets_without_a_residual_sum_are_what_the_original_gave(kind: str) ->
         return {}
 
     start = {weight: 0.3 * analysis.graph.array(weight)}  # so that the other operand has moved
-    Sweep(analysis, readers, Batches(data, 7, 0), RUNTIME, start).run(visited, Progress())
+    Sweep(analysis, readers, Batches(data, 7, 0), RUNTIME, start).run(visited, never, Progress())
     output = next(r.layer.output for r in readers if r.layer.node.label == "b")
     plain = run(expose(analysis.graph.model, [output]), data.feeds(range(SAMPLES)))[0]
     np.testing.assert_allclose(energies["b"], np.square(plain).sum(axis=(0, 2, 3)), rtol=1e-5)

@@ -1,0 +1,199 @@
+"""Blocks: layers that can be fitted together with the readers behind them.
+
+Between an inner layer and the outer layers that read it stands nothing but operators that work on every element by
+itself, and perhaps a concatenation: ``expand -> Relu -> Concat -> squeeze``, ``fc1 -> Gelu -> fc2``. Nobody else looks
+at what stands between, so both sides may change as long as what the outer layers give stays right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxprune.analysis import Analysis
+from onnxprune.graph import Graph, Node
+from onnxprune.layers import Layer
+from onnxprune.readers import Reader
+from onnxprune.rules.pointwise import UNARY, UNARY_OF_ZERO
+from onnxprune.unfold import Unfolding, columns_of
+
+# every element of the output follows from the same element of the input; the other inputs are stored
+_ELEMENTWISE = {*UNARY_OF_ZERO.split(), *UNARY.split(), "Clip", "Add", "Sub", "Mul", "Div", "PRelu"}
+# these have no slope, or another type
+_ELEMENTWISE -= {"BitwiseNot", "Cast", "CastLike", "Ceil", "Dropout", "Floor", "IsInf", "IsNaN", "Not", "Round", "Sign"}
+MAX_COLUMNS = 4608  # of an unfolded input: a wider layer stays as the fit of one layer left it
+
+
+@dataclass(frozen=True, eq=False)
+class Inner:
+    """A layer in front, and its way to the tensor that the outer layers read.
+
+    Attributes:
+        layer: the layer.
+        unfolding: how it reads its input.
+        between: nodes that work on every element, in graph order.
+        made: what comes out of them.
+        start: the first channel that it takes in the tensor that the outer layers read.
+        channels: how many.
+    """
+
+    layer: Layer
+    unfolding: Unfolding
+    between: tuple[Node, ...]
+    made: str
+    start: int
+    channels: int
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Inner layers, the tensor they make together, and all readers of it.
+
+    Attributes:
+        inner: the layers in front.
+        outer: the readers behind, in graph order.
+        tensor: what lies between.
+        concat: the node that puts it together; None where there is one inner layer.
+        axis: the channel axis of the tensor.
+        held: tensors from outside, needed to run the block again.
+    """
+
+    inner: tuple[Inner, ...]
+    outer: tuple[Reader, ...]
+    tensor: str
+    concat: Node | None
+    axis: int
+    held: tuple[str, ...]
+
+    @property
+    def nodes(self) -> list[int]:
+        """Indices of all nodes from the inner layers to the outer ones."""
+        found = [n.index for i in self.inner for n in (i.layer.node, *i.between)]
+        found += [self.concat.index] if self.concat else []
+        return sorted({*found, *(r.layer.node.index for r in self.outer)})
+
+
+def find_blocks(analysis: Analysis, readers: Sequence[Reader]) -> tuple[Block, ...]:
+    """Every tensor that only readers read, and that only layers with nothing but elementwise operators behind make."""
+    by_tensor: dict[str, list[Reader]] = {}
+    for reader in readers:
+        by_tensor.setdefault(reader.layer.data, []).append(reader)
+    found = []
+    for tensor, outer in by_tensor.items():
+        block = _block(analysis, tensor, outer)
+        if block is not None:
+            found.append(block)
+    return tuple(found)
+
+
+def _block(analysis: Analysis, tensor: str, outer: list[Reader]) -> Block | None:
+    graph, shapes = analysis.graph, analysis.shapes
+    shape = shapes.shape(tensor)
+    node = graph.producer.get(tensor)
+    read_by = {r.layer.node.index for r in outer}
+    if shape is None or node is None or {n.index for n in graph.consumers[tensor]} != read_by:
+        return None
+    axis = outer[0].layer.data_axis % len(shape)
+    if tensor in graph.outputs or any(r.layer.data_axis % len(shape) != axis or r.width > MAX_COLUMNS for r in outer):
+        return None
+    concat = node if node.op == "Concat" and node.attributes["axis"] % len(shape) == axis else None
+    inner, start = [], 0
+    for name in concat.inputs if concat else (tensor,):
+        size = (shapes.shape(name) or shape)[axis]
+        ends = {concat.index} if concat else read_by
+        traced = _trace(analysis, name, ends)
+        if traced is not None:
+            layer, between = traced
+            unfolding = _unfolding(analysis, layer)
+            if unfolding is not None and layer.channel_axis % len(shape) == axis:
+                inner.append(Inner(layer, unfolding, between, name, start, size))
+        start += size
+    if not inner or len({i.layer.node.index for i in inner}) < len(inner):
+        return None
+    held = _held(graph, [n for i in inner for n in (i.layer.node, *i.between)] + ([concat] if concat else []))
+    if any((shapes.shape(name) or ())[:1] != shape[:1] for name in held):
+        return None
+    return Block(tuple(inner), tuple(sorted(outer, key=lambda r: r.layer.node.index)), tensor, concat, axis, held)
+
+
+def _trace(analysis: Analysis, name: str, ends: set[int]) -> tuple[Layer, tuple[Node, ...]] | None:
+    """The one layer that a tensor comes from by elementwise operators alone, if nobody else reads on the way."""
+    graph, shapes = analysis.graph, analysis.shapes
+    layers = {layer.output: layer for layer in analysis.layers}
+    between: dict[int, Node] = {}
+    seen: set[str] = set()
+    source: Layer | None = None
+    waiting = [name]
+    while waiting:
+        tensor = waiting.pop()
+        if tensor in seen:
+            continue
+        seen.add(tensor)
+        if tensor in layers:
+            if source is not None:
+                return None
+            source = layers[tensor]
+            continue
+        node = graph.producer.get(tensor)
+        if node is None or node.op not in _ELEMENTWISE or node.domain or len(node.outputs) != 1:
+            return None
+        between[node.index] = node
+        waiting += [n for n in node.inputs if n and n not in graph.computed_from_constants]
+    if source is None:
+        return None
+    inside, shape = set(between) | ends, shapes.shape(source.output)
+    for tensor in seen:
+        read_by = {n.index for n in graph.consumers.get(tensor, ())}
+        if tensor in graph.outputs or not read_by <= inside or shapes.shape(tensor) != shape:
+            return None
+    return source, tuple(between[k] for k in sorted(between))
+
+
+def _unfolding(analysis: Analysis, layer: Layer) -> Unfolding | None:
+    """How an inner layer reads; None where its weights are shared, too wide or of a narrow type."""
+    graph, shapes = analysis.graph, analysis.shapes
+    stored = [name for name in (layer.weight, layer.bias) if name]
+    if any(sum(n.inputs.count(name) for n in graph.consumers[name]) > 1 for name in stored):
+        return None
+    weight = graph.stored(layer.weight)
+    if graph.array(layer.weight).dtype not in (np.float32, np.float64):
+        return None
+    in_shape, out_shape = shapes.shape(layer.data) or (), shapes.shape(layer.output) or ()
+    if in_shape[:1] != out_shape[:1] or columns_of(layer, tuple(weight.dims)) > MAX_COLUMNS:
+        return None
+    return Unfolding.of(layer, tuple(weight.dims), in_shape, out_shape)
+
+
+def _held(graph: Graph, nodes: Sequence[Node]) -> tuple[str, ...]:
+    """Tensors that the nodes read and do not make."""
+    made = {name for node in nodes for name in node.outputs}
+    known = made | graph.computed_from_constants
+    return tuple(sorted({n for node in nodes for n in (*node.inputs, *node.captured) if n} - known))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockData:
+    """What a fit of a block looks at, for some samples.
+
+    Attributes:
+        held: the tensors that the block reads, as the pruned network gives them.
+        wanted: per outer layer, the output that is wanted.
+        offset: per outer layer, what is added behind it.
+    """
+
+    held: Mapping[str, np.ndarray]
+    wanted: tuple[np.ndarray, ...]
+    offset: tuple[np.ndarray, ...]
+
+    def __len__(self) -> int:
+        return len(self.wanted[0])
+
+    def take(self, samples: np.ndarray) -> BlockData:
+        """Some of the samples."""
+        return BlockData(
+            {k: v[samples] for k, v in self.held.items()},
+            tuple(w[samples] for w in self.wanted),
+            tuple(o[samples] for o in self.offset),
+        )

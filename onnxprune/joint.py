@@ -1,0 +1,377 @@
+"""Two neighbouring layers fitted together, by linear least squares.
+
+With the inner layers' pattern held as it is (which Relu lets what pass; in general the slope of what stands between),
+what the outer layers give is linear in a change of the inner weights, and linear in a change of the outer ones:
+
+    change of the output = W_out * (slope . (X * dW_in))  +  Z * dW_out
+
+so that both changes come out of one linear least-squares problem, which conjugate gradients solve from products with
+the layers and their transposes, preconditioned by the Gram matrices of the layers' inputs. Then the pattern is looked
+at again. A step counts only if it lowers the error on samples that the problem was not made of. This is Gauss and
+Newton's method on two layers; the network behind them plays no part, and no label either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from scipy.linalg import cho_factor, cho_solve
+
+from onnxprune.blocks import Block, BlockData
+from onnxprune.graph import Graph
+from onnxprune.layers import Layer
+from onnxprune.readers import matrices_of
+from onnxprune.reconstruct import Saturation
+from onnxprune.runtime import Runtime
+from onnxprune.segments import Piece, Segments
+from onnxprune.unfold import Unfolding, from_matrices, out_positions
+
+ROUNDS = 2  # times that the pattern is looked at
+STEPS = 4  # of conjugate gradients, each round
+_DAMPING = 1e-3  # of the Gram matrices, relative to the mean of the diagonal
+_HALVINGS = 3
+
+Arrays = dict[str, np.ndarray]
+Vector = list[np.ndarray]  # one stack of matrices per layer, the inner ones first
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A layer of a block: its matrices, and which of their entries may change, both (group, p, outputs / group)."""
+
+    layer: Layer
+    unfolding: Unfolding
+    weights: np.ndarray
+    free: np.ndarray
+
+
+class Network:
+    """A block that can be run: as it is, changed a little, and backwards.
+
+    Args:
+        graph: the network.
+        segments: makes sessions of its nodes.
+        runtime: how to run.
+        block: the part of the network.
+    """
+
+    def __init__(self, graph: Graph, segments: Segments, runtime: Runtime, block: Block) -> None:
+        self.graph, self.block, self.runtime = graph, block, runtime
+        self.segments = segments
+        self._pieces: dict[object, Piece] = {}
+        self._adjoints: dict[tuple[int, tuple[int, ...]], Callable[[np.ndarray, np.ndarray], np.ndarray]] = {}
+        self.layers = [i.layer for i in block.inner] + [r.layer for r in block.outer]
+
+    def _part(self, nodes: Sequence[int], outputs: Sequence[str], feeds: Mapping[str, np.ndarray]) -> Piece:
+        key = (tuple(nodes), tuple(outputs))
+        if key not in self._pieces:
+            read = {name for k in nodes for name in self.graph.nodes[k].inputs}
+            free = [n for layer in self.layers for n in (layer.weight, layer.bias) if n in read]
+            self._pieces[key] = self.segments.part(nodes, outputs, feeds, free=free)
+        return self._pieces[key]
+
+    def stored(self, layer: Layer, matrices: np.ndarray) -> Arrays:
+        """Matrices as the tensors that the model stores."""
+        return {k: v.astype(self.graph.array(k).dtype) for k, v in stored_tensors(self.graph, layer, matrices).items()}
+
+    def run(self, data: BlockData, weights: Vector) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
+        """What every inner layer gives, the tensor between, and what every outer layer gives."""
+        given = dict(data.held)
+        for layer, matrices in zip(self.layers, weights, strict=True):
+            given |= self.stored(layer, matrices)
+        names = [i.layer.output for i in self.block.inner] + [self.block.tensor]
+        names += [r.layer.output for r in self.block.outer]
+        piece = self._part(self.block.nodes, names, data.held)
+        found = piece.run(given, given)
+        inner = [found[i.layer.output] for i in self.block.inner]
+        outer = []
+        for reader, matrices in zip(self.block.outer, weights[len(inner) :], strict=True):
+            y = found[reader.layer.output]
+            outer.append(y + _beside(reader.layer, matrices, y))
+        return inner, found[self.block.tensor], outer
+
+    def linear(self, layer: Layer, x: np.ndarray, matrices: np.ndarray) -> np.ndarray:
+        """The layer with other weights, on an input of its own; the bias in the last row counts."""
+        piece = self._part([layer.node.index], [layer.output], {layer.data: x})
+        tensors = self.stored(layer, matrices)
+        y = piece.run({layer.data: x}, tensors)[layer.output]
+        found: np.ndarray = y + _beside(layer, matrices, y)
+        return found
+
+    def slope(self, k: int, before: np.ndarray, data: BlockData, weights: Vector) -> np.ndarray:
+        """How the elementwise operators behind an inner layer change with their input, by a central difference."""
+        inner = self.block.inner[k]
+        if not inner.between:
+            return np.ones_like(before)
+        given = dict(data.held) | self.stored(inner.layer, weights[k])
+        step = before.dtype.type(1e-3 * float(before.std()) + 1e-12)
+        high, low = before + step, before - step
+        name = inner.layer.output
+        piece = self._part([n.index for n in inner.between], [inner.made], {**data.held, name: before})
+        up, down = (piece.run({**data.held, name: value}, given)[inner.made] for value in (high, low))
+        found: np.ndarray = (up - down) / (high - low)
+        return found
+
+    def back(self, k: int, residual: np.ndarray, matrices: np.ndarray, like: np.ndarray) -> np.ndarray:
+        """The transpose of an outer layer: from its output to the tensor between."""
+        reader = self.block.outer[k]
+        stored = from_matrices(
+            reader.layer, matrices[:, :-1], tuple(self.graph.stored(reader.layer.weight).dims)
+        ).astype(residual.dtype)
+        if not reader.unfolding.kernel:
+            result: np.ndarray = residual @ (stored.T if reader.layer.weight_axis == 0 else stored)
+            return result
+        key = (k, like.shape)
+        if key not in self._adjoints:
+            self._adjoints[key] = adjoint(reader.layer, reader.unfolding, stored, residual, like, self.runtime)
+        return self._adjoints[key](residual, stored)
+
+
+def stored_tensors(graph: Graph, layer: Layer, matrices: np.ndarray) -> Arrays:
+    """A layer's matrices (group, p, outputs / group) as the tensors that the model stores, in float64."""
+    shape = tuple(graph.stored(layer.weight).dims)
+    arrays = {layer.weight: from_matrices(layer, matrices[:, :-1], shape)}
+    if layer.bias:
+        bias, old = matrices[:, -1].reshape(-1), graph.array(layer.bias)
+        # the Add behind a MatMul goes on adding what it added
+        arrays[layer.bias] = bias + old if layer.node.op == "MatMul" else bias.reshape(old.shape)
+    return arrays
+
+
+def current(graph: Graph, layer: Layer, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The inverse of `stored_tensors`, for tensors of which some have new values."""
+    bias = None
+    if layer.bias:
+        old = graph.array(layer.bias)
+        bias = np.asarray(arrays.get(layer.bias, old), dtype=np.float64)
+        bias = bias - old if layer.node.op == "MatMul" else bias
+    return matrices_of(layer, np.asarray(arrays.get(layer.weight, graph.array(layer.weight))), bias)
+
+
+def _beside(layer: Layer, matrices: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """What a matrix product without a bias of its own leaves to the Add behind it."""
+    row = matrices[:, -1].reshape(-1).astype(like.dtype)
+    return row if layer.node.op == "MatMul" else np.zeros(1, like.dtype)
+
+
+def adjoint(
+    layer: Layer, unfolding: Unfolding, weight: np.ndarray, output: np.ndarray, data: np.ndarray, runtime: Runtime
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """The transpose of a convolution as a function of (output, weight): a convolution of the other kind."""
+    spatial = len(unfolding.kernel)
+    ends, extra = [], []
+    for a in range(spatial):
+        reach = (unfolding.kernel[a] - 1) * unfolding.dilations[a] + 1 - unfolding.pads[a]
+        small, large = (data, output) if unfolding.transposed else (output, data)
+        end = (small.shape[2 + a] - 1) * unfolding.strides[a] + reach - large.shape[2 + a]
+        ends.append(max(end, 0))
+        extra.append(max(-end, 0))
+    options: dict[str, Any] = {
+        "kernel_shape": list(unfolding.kernel),
+        "strides": list(unfolding.strides),
+        "dilations": list(unfolding.dilations),
+        "pads": [*unfolding.pads, *ends],
+        "group": unfolding.group,
+    }
+    kind = "Conv" if unfolding.transposed else "ConvTranspose"
+    if not unfolding.transposed and any(extra):
+        options["output_padding"] = extra
+    node = onnx.helper.make_node(kind, ["r", "w"], ["y"], **options)
+    element = onnx.helper.np_dtype_to_tensor_dtype(output.dtype)
+    inputs = [
+        onnx.helper.make_tensor_value_info("r", element, [None, *output.shape[1:]]),
+        onnx.helper.make_tensor_value_info("w", element, weight.shape),
+    ]
+    graph = onnx.helper.make_graph([node], "adjoint", inputs, [onnx.helper.make_empty_tensor_value_info("y")])
+    session = runtime.session(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    )
+
+    def apply(r: np.ndarray, w: np.ndarray) -> np.ndarray:
+        found: np.ndarray = session.run(None, {"r": r, "w": w})[0]
+        return found
+
+    return apply
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """A block at some weights: what flows in it, what is missing behind it, and how bad that is."""
+
+    weights: Vector
+    before: list[np.ndarray]  # per inner layer, its output
+    between: np.ndarray
+    missing: list[np.ndarray]  # per outer layer: target - output, zero where the limiter behind hides the difference
+    live: list[np.ndarray]  # per outer layer: where a change of the output matters
+    loss: float
+
+
+def _look(
+    net: Network, weights: Vector, data: BlockData, saturations: Sequence[Saturation | None], scales: Sequence[float]
+) -> _State:
+    before, between, outputs = net.run(data, weights)
+    missing, live, loss = [], [], 0.0
+    parts = zip(net.block.outer, outputs, data.wanted, data.offset, saturations, scales, strict=True)
+    for reader, y, wanted, offset, saturation, scale in parts:
+        axis = reader.layer.channel_axis
+        now, goal, beside = (np.moveaxis(v, axis, -1) for v in (y, wanted, offset))
+        alive = np.ones((), bool)
+        if saturation is not None:
+            alive = saturation.open(goal, beside, now)
+            goal = saturation.target(goal, beside, now)
+        gap = goal - now
+        loss += scale * float(np.square(gap, dtype=np.float64).sum())
+        missing.append(np.ascontiguousarray(np.moveaxis(gap, -1, axis)))
+        live.append(np.moveaxis(np.broadcast_to(alive, now.shape), -1, axis).astype(y.dtype))
+    return _State(weights, before, between, missing, live, loss)
+
+
+class _Linear:
+    """The block as a linear map of a change of its weights, around a state; and that map's transpose."""
+
+    def __init__(
+        self, net: Network, parts: Sequence[Part], data: BlockData, scales: Sequence[float], state: _State
+    ) -> None:
+        self.net, self.parts, self.data, self.scales, self.state = net, parts, data, scales, state
+        self.inner = len(net.block.inner)
+        self.slopes = [net.slope(k, y, data, state.weights) for k, y in enumerate(state.before)]
+        shapes = [y.shape for y in (*state.before, *data.wanted)]
+        inputs = [data.held[i.layer.data] for i in net.block.inner] + [state.between] * len(net.block.outer)
+        self.positions = [out_positions(p.layer, s) for p, s in zip(parts, shapes, strict=True)]
+        self.rows = [
+            p.unfolding.rows(x, np.arange(int(np.prod(out, dtype=np.int64))), out)
+            for p, x, out in zip(parts, inputs, self.positions, strict=True)
+        ]
+        self.factors = [self._factors(k) for k in range(len(parts))]
+
+    def forward(self, change: Vector) -> list[np.ndarray]:
+        """(outer outputs) What the outer layers give more, where it matters."""
+        net, state = self.net, self.state
+        moved = np.zeros_like(state.between)
+        for k, inner in enumerate(net.block.inner):
+            step = net.linear(inner.layer, self.data.held[inner.layer.data], change[k]) * self.slopes[k]
+            moved[self._slots(k)] = step
+        found = []
+        for j, reader in enumerate(net.block.outer):
+            weights = state.weights[self.inner + j].copy()
+            weights[:, -1] = 0.0
+            y = net.linear(reader.layer, moved, weights)
+            y = y + net.linear(reader.layer, state.between, change[self.inner + j])
+            found.append(y * state.live[j])
+        return found
+
+    def backward(self, missing: Sequence[np.ndarray]) -> Vector:
+        """The transpose of `forward`, each output weighted by its scale."""
+        net, state = self.net, self.state
+        back = np.zeros_like(state.between)
+        outer = []
+        for j, r in enumerate(missing):
+            scaled = (r * state.live[j] * self.scales[j]).astype(r.dtype)
+            back += net.back(j, scaled, state.weights[self.inner + j], state.between)
+            outer.append(self._cross(self.inner + j, scaled))
+        inner = [self._cross(k, back[self._slots(k)] * self.slopes[k]) for k in range(self.inner)]
+        return [*inner, *outer]
+
+    def precondition(self, gradient: Vector) -> Vector:
+        """The solution if every layer stood alone."""
+        result = []
+        for part, factors, g in zip(self.parts, self.factors, gradient, strict=True):
+            step = np.zeros_like(g)
+            for group, (active, factor) in enumerate(factors):
+                step[group, active] = cho_solve(factor, g[group, active], check_finite=False)
+            result.append(step * part.free)
+        return result
+
+    def _slots(self, k: int) -> tuple[slice, ...]:
+        inner = self.net.block.inner[k]
+        return (*[slice(None)] * self.net.block.axis, slice(inner.start, inner.start + inner.channels))
+
+    def _cross(self, k: int, output: np.ndarray) -> np.ndarray:
+        part, out = self.parts[k], self.positions[k]
+        targets = part.unfolding.targets(output, np.arange(int(np.prod(out, dtype=np.int64))))
+        found: np.ndarray = np.matmul(self.rows[k].transpose(0, 2, 1), targets).astype(np.float64) * part.free
+        return found
+
+    def _factors(self, k: int) -> list[tuple[np.ndarray, tuple[np.ndarray, bool]]]:
+        """Per group of a layer the columns that may change, and the factor of their Gram matrix."""
+        weight = self._weight(k)
+        factors = []
+        for rows, free in zip(self.rows[k], self.parts[k].free, strict=True):
+            active = np.flatnonzero(free.any(axis=1))
+            used = rows[:, active]
+            gram = weight * (used.T @ used).astype(np.float64)
+            gram[np.diag_indices_from(gram)] += _DAMPING * float(np.diag(gram).mean()) + np.finfo(np.float32).tiny
+            factors.append((active, cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)))
+        return factors
+
+    def _weight(self, k: int) -> float:
+        """What a change of a layer's output means for the loss, on average."""
+        if k >= self.inner:
+            return self.scales[k - self.inner]
+        outer = zip(self.scales, self.state.weights[self.inner :], strict=True)
+        total = sum(s * float(np.square(w[:, :-1]).sum()) for s, w in outer)
+        return total / self.state.between.shape[self.net.block.axis] or 1.0
+
+
+def fit_block(
+    net: Network, parts: Sequence[Part], data: BlockData, held_out: BlockData, saturations: Sequence[Saturation | None]
+) -> Vector | None:
+    """Better weights for all layers of a block; None where none were found.
+
+    Args:
+        net: the block.
+        parts: its layers, the inner ones first.
+        data: samples to fit to.
+        held_out: samples to judge by: a change that does not help there is not made.
+        saturations: per outer layer, the limiter behind it.
+    """
+    energy = [float(np.square(w - w.mean(), dtype=np.float64).sum()) for w in data.wanted]
+    scales = [1.0 / max(e, float(np.finfo(np.float32).tiny)) for e in energy]
+    weights = [p.weights for p in parts]
+    state = _look(net, weights, data, saturations, scales)
+    judged = _look(net, weights, held_out, saturations, scales).loss
+    first = judged
+    for _ in range(ROUNDS):
+        change = _solve(_Linear(net, parts, data, scales, state))
+        for halving in range(_HALVINGS + 1):
+            moved = [w + c * 0.5**halving for w, c in zip(state.weights, change, strict=True)]
+            after = _look(net, moved, data, saturations, scales)
+            seen = _look(net, moved, held_out, saturations, scales).loss if after.loss < state.loss else np.inf
+            if seen < judged:
+                break
+        else:
+            break
+        state, judged = after, seen
+    return state.weights if judged < first else None
+
+
+def _solve(problem: _Linear) -> Vector:
+    """A few steps of preconditioned conjugate gradients."""
+    change = [np.zeros_like(p.weights) for p in problem.parts]
+    missing = problem.state.missing
+    gradient = problem.backward(missing)
+    step = direction = problem.precondition(gradient)
+    power = _dot(gradient, step)
+    for k in range(STEPS):
+        moved = problem.forward(direction)
+        bend = sum(s * float(np.square(m, dtype=np.float64).sum()) for s, m in zip(problem.scales, moved, strict=True))
+        if not power > 0.0 or not bend > 0.0:
+            break
+        length = power / bend
+        change = [c + length * d for c, d in zip(change, direction, strict=True)]
+        if k + 1 == STEPS:
+            break
+        missing = [r - r.dtype.type(length) * m for r, m in zip(missing, moved, strict=True)]
+        gradient = problem.backward(missing)
+        step = problem.precondition(gradient)
+        before, power = power, _dot(gradient, step)
+        direction = [z + power / before * d for z, d in zip(step, direction, strict=True)]
+    return change
+
+
+def _dot(a: Vector, b: Vector) -> float:
+    return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
