@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +20,7 @@ from onnxprune.probe import Shapes
 from onnxprune.remedies import remedy
 from onnxprune.rules.base import OpView
 
+_SAMPLED = "sampled"  # the letter of an input's channels of which a convolution reads some
 _NO_CHANNELS = (Kind.ONE, Kind.DYNAMIC)  # nothing is lost where these stay
 
 
@@ -66,6 +67,7 @@ class Analysis:
     terms: tuple[MacTerm, ...]
     layers: tuple[Layer, ...]
     nominal: Shapes  # sizes at which costs are counted
+    sampled: frozenset[int] = frozenset()  # indices of the convolutions that choose among the channels they read
 
     @cached_property
     def weights(self) -> frozenset[str]:
@@ -232,6 +234,7 @@ def analyse(
     only: str | None = None,
     exclude: str | None = None,
     extra_seeds: tuple[Seed, ...] = (),
+    sampled: frozenset[int] = frozenset(),
 ) -> Analysis:
     """Find the groups of a (normalised) model.
 
@@ -242,6 +245,7 @@ def analyse(
         only: regular expression; only layers whose node name it finds are made narrower.
         exclude: regular expression; these layers keep their output channels.
         extra_seeds: axes to freeze besides.
+        sampled: indices of convolutions with a channel sampler in front: what they read keeps its width.
     """
     nominal = nominal or shapes
     known = {
@@ -252,6 +256,14 @@ def analyse(
     statements = tuple(state(node, graph, shapes) for node in graph.nodes)
     seeds = [*extra_seeds, *outside_seeds(graph, shapes, known, statements)]
     chosen = chosen_nodes(graph, only, exclude)
+    sampled = frozenset(k for k in sampled if chosen is None or graph.nodes[k].label in chosen)
+    if sampled:
+        statements = tuple(_sampling(s) if k in sampled else s for k, s in enumerate(statements))
+        for k in sorted(sampled):
+            reason = "readers choose among its channels, by samplers"
+            seeds.append(
+                Seed(Kind.SAMPLED, reason, graph.nodes[k].label, graph.nodes[k].op, graph.nodes[k].inputs[0], 1)
+            )
     if chosen is not None:
         for node, statement in zip(graph.nodes, statements, strict=True):
             if holds_macs(node) and node.label not in chosen:
@@ -268,7 +280,19 @@ def analyse(
     layers = tuple(layer for node in graph.nodes if (layer := layer_of(node, graph)) is not None)
     groups = _named(coupling, graph, statements)
     frozen = _frozen(coupling, graph, statements, terms, nominal)
-    return Analysis(graph, shapes, statements, groups, frozen, terms, layers, nominal)
+    return Analysis(graph, shapes, statements, groups, frozen, terms, layers, nominal, sampled)
+
+
+def _sampling(statement: Statement) -> Statement:
+    """A convolution whose weight may lose input channels that its input keeps."""
+    relation = statement.relation
+    if isinstance(relation, Refusal):
+        return statement
+    data = relation.inputs[0]
+    (letter,) = data[1].letters
+    apart = (data[0], replace(data[1], letters=(_SAMPLED,)), *data[2:])
+    sizes = relation.sizes | {_SAMPLED: relation.sizes[letter]}
+    return replace(statement, relation=replace(relation, inputs=(apart, *relation.inputs[1:]), sizes=sizes))
 
 
 def _named(coupling: Coupling, graph: Graph, statements: tuple[Statement, ...]) -> tuple[GroupInfo, ...]:

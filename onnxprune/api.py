@@ -42,6 +42,7 @@ from onnxprune.report import (
 from onnxprune.report.overview import frozen_entries
 from onnxprune.rewrite import CannotRepair, rewrite
 from onnxprune.runtime import Runtime
+from onnxprune.samplers import samplable
 from onnxprune.selection import FROM_ACTIVATIONS, METHODS
 from onnxprune.stopwatch import default_cache
 from onnxprune.targets import UNITS, Limit, Wanted, counted_costs, limits, multiple_of, widths
@@ -52,6 +53,7 @@ __all__ = ["Inspection", "Result", "analyze", "compare", "count_model_macs", "pr
 
 DEFAULT_SAMPLES = 2000
 SLACK = 1.05  # a speed-up of X is met by [X, 1.05 X]
+_SAMPLING = {"macs", "params"}  # costs to which a sampler adds nothing
 _HELD_OUT_SHARE = 0.1
 _NOT_IN_ITS_TYPES = (
     "onnxruntime has no kernels for the types of this model: it was run, proven and compared in float32 copies, and"
@@ -114,6 +116,7 @@ def prune(
     reconstruct: bool = True,
     only: str | None = None,
     exclude: str | None = None,
+    samplers: bool = True,
     best_effort: bool = False,
     preprocessing: Preprocessing | None = None,
     progress: Progress | None = None,
@@ -143,6 +146,9 @@ def prune(
         reconstruct: fit the remaining weights again by least squares.
         only: regular expression; only layers with such a node name are made narrower.
         exclude: regular expression; layers with such a node name are left as they are.
+        samplers: let convolutions at the entry of residual blocks choose the channels they read (a Gather in front),
+            where channels are chosen by activations and cost is counted in macs or params; else the stream that all
+            blocks share is cut.
         best_effort: go as far as possible where the speed-up cannot be reached.
         preprocessing: how uint8 images become the model's input.
         progress: receives the stages.
@@ -176,7 +182,8 @@ def prune(
             calibration = load_calibration(None, graph.inputs, samples=samples, seed=seed, dynamic=sizes)
         fit_data, held_out = _split(calibration)
     with progress.stage("groups"):
-        prepared = _prepare(graph, runtime, calibration, reconstruct, only, exclude)
+        sampling = samplers and select in FROM_ACTIVATIONS and {by, *wanted.most} <= _SAMPLING
+        prepared = _prepare(graph, runtime, calibration, reconstruct, only, exclude, sampling)
     analysis = prepared.analysis
     sample = calibration.feeds([0])
     deployed = deployed_feeds(graph.inputs, sample, shapes, batch)
@@ -255,7 +262,14 @@ def prune(
         versions=_versions(),
         hashes={"model": plan.model, "pruned": digest(pruned), "data": calibration.digest},
         warnings=tuple(warnings),
-        options={"select": select, "reconstruct": reconstruct, "only": only, "exclude": exclude, "multiple": multiple},
+        options={
+            "select": select,
+            "reconstruct": reconstruct,
+            "only": only,
+            "exclude": exclude,
+            "multiple": multiple,
+            "samplers": samplers,
+        },
         latency=entry,
     )
     return Result(pruned, report, plan)
@@ -317,6 +331,7 @@ def _prepare(
     reconstruct: bool,
     only: str | None,
     exclude: str | None,
+    sampling: bool = False,
 ) -> _Prepared:
     """Normalise, find shapes and groups; sizes that cannot be repaired freeze their axes."""
     model, copies = normalise(graph, runtime)
@@ -331,6 +346,9 @@ def _prepare(
     seeds: tuple[Seed, ...] = ()
     while True:
         analysis = analyse(graph, shapes, nominal, only, exclude, seeds)
+        sampled = samplable(analysis) if sampling else frozenset()
+        if sampled:
+            analysis = analyse(graph, shapes, nominal, only, exclude, seeds, sampled)
         half = {g.name: tuple(range(max(g.units // 2, 1))) for g in analysis.groups}
         try:
             rewrite(analysis, Plan("", half))

@@ -200,6 +200,12 @@ def cli() -> None:
 @click.option(
     "--select", type=click.Choice(SELECTIONS), default="greedy", help="How channels are chosen (default greedy)."
 )
+@click.option(
+    "--samplers/--no-samplers",
+    default=True,
+    show_default=True,
+    help="Let blocks choose among the channels of a residual stream, with a Gather in front.",
+)
 @click.option("--no-reconstruct", is_flag=True, help="Keep the weights as they are; only take channels out.")
 @_layers
 @click.option("--best-effort", is_flag=True, help="Write the fastest model where the speed-up cannot be reached.")

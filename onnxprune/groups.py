@@ -49,6 +49,7 @@ class Kind(enum.StrEnum):
     MIXED = "mixed"  # all values of the axis are needed
     SUMMED = "summed"  # summed up, and a silenced channel is not zero
     PRODUCT = "product"  # a product of factors of which another one is cut
+    SAMPLED = "sampled"  # readers choose among the channels instead
     STATED = "stated"  # a size is stated in a way that cannot be mended
 
 

@@ -140,6 +140,10 @@ def _repair_nodes(model: onnx.ModelProto, analysis: Analysis, cut: _Cut) -> None
             # what loses channels itself (a tensor of zeros, an expanded token) is no number, and its node is repaired
             if a_value and (node.index, k) not in wanted and all(left is None for left in cut.of(name)):
                 wanted[node.index, k] = [shapes.probes[which].values[name] for which in count]
+    for index in sorted(analysis.sampled):
+        left = cut.kept.get((graph.nodes[index].inputs[1], 1))
+        if left is not None:
+            patcher.sample(graph.nodes[index], left)
     patcher.apply(wanted)
 
 
@@ -203,6 +207,15 @@ class _Patcher:
         number = self._constant(f"{output}_factor", np.array(factor, dtype))
         product = onnx.helper.make_node("Mul", [before, number], [output], name=f"{before}_factor")
         self.inserted.append((node.index + 1, product))
+
+    def sample(self, node: Node, channels: np.ndarray) -> None:
+        """Let a convolution read some of the channels of its input."""
+        data = node.inputs[0]
+        output = self._fresh(f"{data}_sampled")
+        which = self._constant(f"{node.label}_channels", channels.astype(np.int64))
+        gather = onnx.helper.make_node("Gather", [data, which], [output], name=output, axis=1)
+        self.inserted.append((node.index, gather))
+        self.model.graph.node[node.index].input[0] = output
 
     def _operand(self, index: int, operand: int) -> str:
         inputs = self.graph.nodes[index].inputs
