@@ -1,0 +1,274 @@
+"""Blocks of neighbouring layers, their linear map and its transpose, and the fit of both sides together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from builder import RUNTIME, Builder, analysed
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnxprune.analysis import Analysis
+from onnxprune.blocks import Block, BlockData, find_blocks
+from onnxprune.joint import Network, Part, Vector, _Linear, _look, adjoint, current, fit_block, stored_tensors
+from onnxprune.layers import Layer
+from onnxprune.readers import find_readers
+from onnxprune.reconstruct import Saturation
+from onnxprune.segments import Segments
+from onnxprune.unfold import Unfolding
+
+# ------------------------------------------------------------------------------------------------------ the networks
+
+
+def image(g: Builder) -> str:
+    return g.Relu(g.conv(g.input("x", ["n", 3, 6, 6]), 4, name="stem"), name="stem_out")
+
+
+def head(g: Builder, x: str) -> str:
+    return g.gemm(g.Flatten(g.GlobalAveragePool(x)), 3, name="head")
+
+
+def plain(g: Builder) -> str:
+    return head(g, g.Relu(g.conv(g.Relu(g.conv(image(g), 6, name="a")), 4, name="b", strides=[2, 2])))
+
+
+def gated(g: Builder) -> str:
+    """x * sigmoid(x) stands between, and a normalisation's product with constants."""
+    y = g.conv(image(g), 6, name="a")
+    y = g.Mul(y, g.Sigmoid(y))
+    return head(g, g.conv(g.Mul(y, g.const(g.rng.uniform(0.5, 2, (6, 1, 1)))), 4, name="b"))
+
+
+def expanding(g: Builder) -> str:
+    """Two layers put side by side, and read twice."""
+    x = image(g)
+    y = g.Concat(g.Relu(g.conv(x, 5, k=1, name="a")), g.Tanh(g.conv(x, 6, name="c")), axis=1)
+    return head(g, g.Concat(g.conv(y, 4, name="b"), g.Relu(g.conv(y, 3, k=1, name="d")), axis=1))
+
+
+def grouped(g: Builder) -> str:
+    return head(g, g.conv(g.Relu(g.conv(image(g), 6, group=2, name="a")), 4, group=2, name="b"))
+
+
+def upwards(g: Builder) -> str:
+    y = g.ConvTranspose(image(g), g.weight(4, 5, 3, 3), g.weight(5), name="a", strides=[2, 2], pads=[1, 1, 0, 0])
+    return head(g, g.ConvTranspose(g.Relu(y), g.weight(5, 4, 2, 2), g.weight(4), name="b", strides=[2, 2]))
+
+
+def tokens(g: Builder) -> str:
+    x = g.linear(g.input("x", ["n", 5, 4]), 4, name="stem")
+    return g.linear(g.Relu(g.linear(g.Gelu(g.linear(x, 7, name="a")), 6, name="b", bias=False)), 3, name="c")
+
+
+def read_elsewhere(g: Builder) -> str:
+    y = g.Relu(g.conv(image(g), 6, name="a"))
+    return head(g, g.Concat(g.conv(y, 4, name="b"), y, axis=1))
+
+
+def pooled(g: Builder) -> str:
+    y = g.MaxPool(g.Relu(g.conv(image(g), 6, name="a")), kernel_shape=[2, 2], strides=[2, 2])
+    return head(g, g.conv(y, 4, name="b"))
+
+
+def shared(g: Builder) -> str:
+    w, x = g.weight(4, 4, 3, 3, name="w"), image(g)
+    one = g.Relu(g.node("Conv", x, w, name="a", pads=[1] * 4))
+    return head(g, g.conv(g.Relu(g.node("Conv", one, w, name="b", pads=[1] * 4)), 5, name="c"))
+
+
+FOUND: dict[Callable[[Builder], str], list[tuple[str, str]]] = {
+    plain: [("stem", "a"), ("a", "b")],
+    gated: [("stem", "a"), ("a", "b")],
+    expanding: [("stem", "a c"), ("a c", "b d")],
+    grouped: [("stem", "a"), ("a", "b")],
+    upwards: [("stem", "a"), ("a", "b")],
+    tokens: [("stem", "a"), ("a", "b"), ("b", "c")],
+    read_elsewhere: [("stem", "a")],
+    pooled: [("stem", "a")],
+    shared: [],
+}
+
+
+def model_of(make: Callable[[Builder], str]) -> onnx.ModelProto:
+    g = Builder(seed=3, opset=20)
+    return g.model(make(g))
+
+
+def blocks_of(make: Callable[[Builder], str]) -> tuple[Analysis, tuple[Block, ...]]:
+    analysis, _ = analysed(model_of(make))
+    return analysis, find_blocks(analysis, find_readers(analysis))
+
+
+@pytest.mark.parametrize("make", FOUND, ids=lambda make: make.__name__)
+def test_blocks_are_layers_with_nothing_but_elementwise_operators_between(make: Callable[[Builder], str]) -> None:
+    _, blocks = blocks_of(make)
+    names = [
+        (" ".join(i.layer.node.label for i in b.inner), " ".join(r.layer.node.label for r in b.outer)) for b in blocks
+    ]
+    assert sorted(names) == sorted(FOUND[make])
+
+
+def test_inner_layers_know_their_place_in_a_concatenation() -> None:
+    _, blocks = blocks_of(expanding)
+    block = next(b for b in blocks if b.concat)
+    assert [(i.start, i.channels) for i in block.inner] == [(0, 5), (5, 6)]
+    assert block.held == ("stem_out",)
+
+
+# --------------------------------------------------------------------------------------------- maps and transposes
+
+CASES = [(make, k) for make, found in FOUND.items() for k in range(len(found))]
+
+
+class Case:
+    """A block with samples of what it reads, and targets that are not what it gives."""
+
+    def __init__(self, make: Callable[[Builder], str], k: int, samples: int = 12) -> None:
+        self.analysis, blocks = blocks_of(make)
+        graph = self.analysis.graph
+        self.block = blocks[k]
+        self.net = Network(
+            graph, Segments(graph, range(len(graph.nodes)), RUNTIME, self.analysis.shapes), RUNTIME, self.block
+        )
+        self.rng = np.random.default_rng(0)
+        layers = [(i.layer, i.unfolding) for i in self.block.inner] + [(r.layer, r.unfolding) for r in self.block.outer]
+        self.parts = [Part(a, u, current(graph, a, {}), self.every(a)) for a, u in layers]
+        held = {n: self.normal((samples, *(self.analysis.shapes.shape(n) or ())[1:])) for n in self.block.held}
+        empty = BlockData(held, (), ())
+        outputs = self.net.run(empty, self.weights)[2]
+        self.data = BlockData(
+            held,
+            tuple(y + 0.3 * self.normal(y.shape) for y in outputs),
+            tuple(0.1 * self.normal(y.shape) for y in outputs),
+        )
+        self.exact = BlockData(held, tuple(outputs), self.data.offset)
+
+    @property
+    def weights(self) -> Vector:
+        return [p.weights for p in self.parts]
+
+    def normal(self, shape: tuple[int, ...]) -> np.ndarray:
+        return self.rng.standard_normal(shape).astype(np.float32)
+
+    def every(self, layer: Layer) -> np.ndarray:
+        free = np.ones(current(self.analysis.graph, layer, {}).shape, bool)
+        free[:, -1] = bool(layer.bias)
+        return free
+
+    def change(self, size: float = 1.0) -> Vector:
+        return [size * self.rng.standard_normal(p.weights.shape) * p.free for p in self.parts]
+
+    def linear(self, saturations: list[Saturation | None]) -> _Linear:
+        scales = [1.0 + k for k in range(len(self.block.outer))]
+        state = _look(self.net, self.weights, self.data, saturations, scales)
+        return _Linear(self.net, self.parts, self.data, scales, state)
+
+    def saturations(self) -> list[Saturation | None]:
+        return [Saturation(r.output_scale.astype(np.float32), 0.0, np.inf) for r in self.block.outer]
+
+
+@pytest.mark.parametrize(("make", "k"), CASES, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_backward_is_the_transpose_of_forward(make: Callable[[Builder], str], k: int) -> None:
+    case = Case(make, k)
+    problem = case.linear(case.saturations())
+    change, outputs = case.change(), [case.normal(y.shape) for y in case.data.wanted]
+    one = sum(
+        s * float((a.astype(np.float64) * b).sum())
+        for s, a, b in zip(problem.scales, problem.forward(change), outputs, strict=True)
+    )
+    two = sum(float((a * b).sum()) for a, b in zip(change, problem.backward(outputs), strict=True))
+    assert math.isclose(one, two, rel_tol=2e-3, abs_tol=2e-3)
+
+
+@pytest.mark.parametrize(("make", "k"), CASES, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_forward_is_how_the_outputs_change(make: Callable[[Builder], str], k: int) -> None:
+    case = Case(make, k)
+    problem = case.linear([None] * len(case.block.outer))
+    change, step = case.change(), 1e-3
+    moved = [w + step * c for w, c in zip(case.weights, change, strict=True)]
+    before, after = (case.net.run(case.data, w)[2] for w in (case.weights, moved))
+    for linear, a, b in zip(problem.forward(change), before, after, strict=True):
+        assert np.linalg.norm((b - a) / step - linear) < 0.02 * np.linalg.norm(linear)
+
+
+@given(
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 2),
+    pad=st.integers(0, 2),
+    extra=st.integers(0, 2),
+    group=st.sampled_from([1, 2]),
+    transposed=st.booleans(),
+)
+def test_adjoints_of_convolutions(
+    kernel: int, stride: int, dilation: int, pad: int, extra: int, group: int, transposed: bool
+) -> None:
+    g = Builder()
+    size = 7 + extra
+    x = g.input("x", [2, 4, size, size])
+    options = {"strides": [stride] * 2, "dilations": [dilation] * 2, "pads": [pad] * 4, "group": group}
+    shape = (4, 3, kernel, kernel) if transposed else (6, 4 // group, kernel, kernel)
+    y = g.node("ConvTranspose" if transposed else "Conv", x, g.weight(*shape, name="w"), name="layer", **options)
+    if min(g.shape(y)[2:]) < 1:
+        return
+    analysis, _ = analysed(g.model(y))
+    graph = analysis.graph
+    (layer,) = analysis.layers
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((2, 4, size, size)).astype(np.float32)
+    output = RUNTIME.session(graph.model).run(None, {"x": data})[0]
+    unfolding = Unfolding.of(layer, shape, data.shape, output.shape)
+    r = rng.standard_normal(output.shape).astype(np.float32)
+    back = adjoint(layer, unfolding, graph.array("w"), r, data, RUNTIME)(r, graph.array("w"))
+    assert back.shape == data.shape
+    assert math.isclose(float((output * r).sum()), float((data * back).sum()), rel_tol=1e-3, abs_tol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------- the fit
+
+
+@pytest.mark.parametrize(("make", "k"), CASES, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_a_fit_finds_its_way_back(make: Callable[[Builder], str], k: int) -> None:
+    case = Case(make, k, 40)
+    parts = [
+        Part(p.layer, p.unfolding, p.weights + c, p.free) for p, c in zip(case.parts, case.change(0.05), strict=True)
+    ]
+    seen, unseen = case.exact.take(np.arange(30)), case.exact.take(np.arange(30, 40))
+    found = fit_block(case.net, parts, seen, unseen, case.saturations())
+    assert found is not None
+    scales = [1.0] * len(case.block.outer)
+    before, after = (
+        _look(case.net, w, unseen, case.saturations(), scales).loss for w in ([p.weights for p in parts], found)
+    )
+    assert after < 0.5 * before
+
+
+def test_what_is_not_free_stays() -> None:
+    case = Case(plain, 1, 40)
+    for part in case.parts:
+        part.free[:, ::2] = False
+    found = fit_block(case.net, case.parts, case.data.take(np.arange(30)), case.data.take(np.arange(30, 40)), [None])
+    assert found is not None
+    for part, new in zip(case.parts, found, strict=True):
+        assert (new[~part.free] == part.weights[~part.free]).all()
+        assert (new[part.free] != part.weights[part.free]).any()
+
+
+def test_nothing_is_changed_where_it_does_not_help_on_other_samples() -> None:
+    case = Case(plain, 1, 40)
+    noise = BlockData(case.data.held, tuple(case.normal(w.shape) for w in case.data.wanted), case.data.offset)
+    assert fit_block(case.net, case.parts, noise.take(np.arange(2)), case.exact.take(np.arange(10, 40)), [None]) is None
+
+
+@pytest.mark.parametrize("make", [plain, tokens, grouped, upwards], ids=lambda make: make.__name__)
+def test_stored_tensors_are_the_inverse_of_current(make: Callable[[Builder], str]) -> None:
+    analysis, _ = analysed(model_of(make))
+    for layer in analysis.layers:
+        matrices = current(analysis.graph, layer, {})
+        changed = matrices + np.random.default_rng(0).standard_normal(matrices.shape) * (matrices != 0)
+        tensors = stored_tensors(analysis.graph, layer, changed)
+        assert np.allclose(current(analysis.graph, layer, tensors), changed)
