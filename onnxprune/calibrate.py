@@ -32,7 +32,8 @@ FRONTIER_BYTES = 1 << 30  # of one frontier in memory; a larger one goes to file
 _CHUNK_BYTES = 256 << 20  # activations of a batch in the collecting pass
 _LARGEST_BATCH = 64
 _BLOCK_ROWS = 1 << 16  # output positions that a fit of a block looks at
-_BLOCK_BYTES = 256 << 20  # and what its unfolded inputs may take
+_BLOCK_BYTES = 256 << 20  # and what its unfolded inputs and its outputs may take
+_COPIES = 8  # of an output that a fit works with: wanted, offset, what is missing, ...
 
 Tensors = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]  # new values of stored tensors, in their original shapes
@@ -337,7 +338,8 @@ class Taking:
             out = out_positions(layer, analysis.shapes.probes[0].shapes[layer.output])
             positions = int(np.prod(out, dtype=np.int64))
             columns = unfolding.group * columns_of(layer, tuple(analysis.graph.stored(layer.weight).dims))
-            rows, size = max(rows, positions), size + 4 * positions * columns
+            outputs = int(analysis.shapes.probes[0].shapes[layer.output][layer.channel_axis])
+            rows, size = max(rows, positions), size + 4 * positions * (columns + _COPIES * outputs)
         room = min(_BLOCK_ROWS // rows, _BLOCK_BYTES // size)
         return max(samples // max(room, 1), 1)
 

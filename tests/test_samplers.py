@@ -1,0 +1,104 @@
+"""Channel samplers: convolutions that choose among the channels of a residual stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from builder import RUNTIME, Builder, analysed, random_plan, run
+
+from onnxprune import Result, prune
+from onnxprune.costs import CostModel
+from onnxprune.counting import count_model_macs
+from onnxprune.plan import removed_positions
+from onnxprune.rewrite import rewrite
+from onnxprune.samplers import samplable
+from onnxprune.verify import prove
+
+
+def residual() -> onnx.ModelProto:
+    g = Builder(seed=5)
+    x = g.Relu(g.conv(g.input("x", ["n", 3, 8, 8]), 8, name="stem"))
+    for k in (1, 2):
+        x = g.Relu(g.Add(g.conv(g.Relu(g.conv(x, 6, name=f"a{k}")), 8, name=f"b{k}"), x))
+    x = g.Relu(g.conv(x, 9, group=1, name="last"))
+    return g.model(g.gemm(g.Flatten(g.GlobalAveragePool(x)), 4, name="head"))
+
+
+def chain() -> onnx.ModelProto:
+    g = Builder(seed=5)
+    x = g.Relu(g.conv(g.Relu(g.conv(g.input("x", ["n", 3, 8, 8]), 8, name="a")), 6, name="b"))
+    return g.model(g.gemm(g.Flatten(g.GlobalAveragePool(x)), 4, name="head"))
+
+
+X = np.random.default_rng(1).standard_normal((60, 3, 8, 8)).astype(np.float32)
+
+
+def small(model: onnx.ModelProto, **options: Any) -> Result:
+    return prune(model, data=X, threads=1, **{"speedup": 2.0, **options})
+
+
+def gathers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [n for n in model.graph.node if n.op_type == "Gather"]
+
+
+def labels(model: onnx.ModelProto) -> set[str]:
+    analysis, _ = analysed(model)
+    return {analysis.graph.nodes[k].label for k in samplable(analysis)}
+
+
+def test_readers_of_a_stream_may_sample_and_others_not() -> None:
+    assert labels(residual()) == {"a1", "a2", "last"}
+    assert labels(chain()) == set()
+
+
+def test_a_sampled_stream_keeps_its_width_and_its_readers_choose() -> None:
+    model = residual()
+    plain, _ = analysed(model)
+    analysis, _ = analysed(model, sampled=samplable(plain))
+    assert {g.name for g in analysis.groups if g.producers} == {"a1", "a2", "last"}
+    inputs = [g for g in analysis.groups if not g.producers]
+    assert sorted(g.consumers for g in inputs) == [("a1",), ("a2",), ("last",)]
+    assert [g.units for g in inputs] == [8, 8, 8]
+    assert any("samplers" in f.reason and "--no-samplers" in f.remedy for f in analysis.frozen)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sampled_plans_are_exact(seed: int) -> None:
+    model = residual()
+    analysis, copies = analysed(model, sampled=samplable(analysed(model)[0]))
+    plan = random_plan(analysis, seed)
+    new = rewrite(analysis, plan, copies=copies)
+    onnx.checker.check_model(new, full_check=True)
+    prove(analysis, plan, new, [p.feeds for p in analysis.shapes.probes], RUNTIME)
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in new.graph.initializer}
+    assert [len(tensors[node.input[1]]) for node in gathers(new)] == [4, 4, 4]
+    cost = CostModel(analysis)
+    whole, left = np.array([(g.units, len(plan.kept[g.name])) for g in analysis.groups]).T
+    assert cost.total(left) / cost.total(whole) == count_model_macs(new) / count_model_macs(model)
+    assert all(x.shape == y.shape for x, y in zip(run(new, {"x": X[:2]}), run(model, {"x": X[:2]}), strict=True))
+    assert not [place for place in removed_positions(analysis, plan) if place[0] == "stem"]
+
+
+def test_pruning_with_and_without_samplers() -> None:
+    model = residual()
+    with_them, without = small(model), small(model, samplers=False)
+    assert gathers(with_them.model) and not gathers(without.model)
+    assert with_them.report.achieved.macs >= 2.0 <= without.report.achieved.macs
+    for result in (with_them, without):
+        assert result.report.options["samplers"] is bool(gathers(result.model))
+
+
+@pytest.mark.parametrize("options", [{"select": "l1"}, {"by": "memory", "speedup": 1.2}, {"exclude": "a1|a2|last"}])
+def test_no_sampler_is_set_where_it_may_not_pay(options: dict[str, Any]) -> None:
+    assert not gathers(small(residual(), best_effort=True, **options).model)
+
+
+def test_a_sampler_that_drops_nothing_is_not_written() -> None:
+    result = small(residual(), speedup=1.02)
+    whole = [g for g in result.report.groups if not g.producers and g.kept == g.units]
+    cut = [g for g in result.report.groups if not g.producers and g.kept < g.units]
+    assert whole
+    assert len(gathers(result.model)) == len(cut)
