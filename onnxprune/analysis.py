@@ -296,7 +296,7 @@ def _sampling(statement: Statement) -> Statement:
 
 
 def _named(coupling: Coupling, graph: Graph, statements: tuple[Statement, ...]) -> tuple[GroupInfo, ...]:
-    """Names of the layers around each group; a group is called by its first producer."""
+    """Names of the layers around each group; a group is called by its first producer, or by what its reader reads."""
     where: dict[AxisId, list[int]] = {}
     for group in coupling.groups:
         for held in group.axes:
@@ -312,7 +312,8 @@ def _named(coupling: Coupling, graph: Graph, statements: tuple[Statement, ...]) 
                 producers[index][node.label] = None
     named, used = [], set()
     for group in coupling.groups:
-        base = next(iter(producers[group.index]), group.axes[0].tensor)
+        read = [f"{label}:input" for label in consumers[group.index]]
+        base = next(iter([*producers[group.index], *read]), group.axes[0].tensor)
         name, count = base, 2
         while name in used:
             name, count = f"{base}#{count}", count + 1

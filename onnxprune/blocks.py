@@ -15,6 +15,7 @@ import numpy as np
 from onnxprune.analysis import Analysis
 from onnxprune.graph import Graph, Node
 from onnxprune.layers import Layer
+from onnxprune.precision import is_float
 from onnxprune.readers import Reader
 from onnxprune.rules.pointwise import UNARY, UNARY_OF_ZERO
 from onnxprune.unfold import Unfolding, columns_of
@@ -152,13 +153,13 @@ def _trace(analysis: Analysis, name: str, ends: set[int]) -> tuple[Layer, tuple[
 
 
 def _unfolding(analysis: Analysis, layer: Layer) -> Unfolding | None:
-    """How an inner layer reads; None where its weights are shared, too wide or of a narrow type."""
+    """How an inner layer reads; None where its weights are shared, too wide or no numbers."""
     graph, shapes = analysis.graph, analysis.shapes
     stored = [name for name in (layer.weight, layer.bias) if name]
     if any(sum(n.inputs.count(name) for n in graph.consumers[name]) > 1 for name in stored):
         return None
     weight = graph.stored(layer.weight)
-    if graph.array(layer.weight).dtype not in (np.float32, np.float64):
+    if not is_float(graph.array(layer.weight).dtype):
         return None
     in_shape, out_shape = shapes.shape(layer.data) or (), shapes.shape(layer.output) or ()
     if in_shape[:1] != out_shape[:1] or columns_of(layer, tuple(weight.dims)) > MAX_COLUMNS:
@@ -181,11 +182,13 @@ class BlockData:
         held: the tensors that the block reads, as the pruned network gives them.
         wanted: per outer layer, the output that is wanted.
         offset: per outer layer, what is added behind it.
+        valid: per outer layer, where its output counts: not where a window's edge cuts off what it reads.
     """
 
     held: Mapping[str, np.ndarray]
     wanted: tuple[np.ndarray, ...]
     offset: tuple[np.ndarray, ...]
+    valid: tuple[np.ndarray, ...]
 
     def __len__(self) -> int:
         return len(self.wanted[0])
@@ -196,4 +199,5 @@ class BlockData:
             {k: v[samples] for k, v in self.held.items()},
             tuple(w[samples] for w in self.wanted),
             tuple(o[samples] for o in self.offset),
+            tuple(v[samples] for v in self.valid),
         )

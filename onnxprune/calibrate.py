@@ -16,7 +16,9 @@ import numpy as np
 from onnxprune.analysis import Analysis
 from onnxprune.blocks import Block, BlockData
 from onnxprune.data import Calibration
+from onnxprune.graph import Graph
 from onnxprune.joint import Network
+from onnxprune.precision import NARROW, float32_copy, types
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader
 from onnxprune.runtime import Runtime
@@ -24,16 +26,14 @@ from onnxprune.segments import Segments, late_order
 from onnxprune.shelf import Shelf, Shelved
 from onnxprune.statistics import FOLDS, Statistics
 from onnxprune.surroundings import Behind, Samples, look_behind
-from onnxprune.unfold import columns_of, out_positions, sample_positions
+from onnxprune.taking import Taking
+from onnxprune.unfold import out_positions, sample_positions
 
 TARGET_ROWS = 65536  # rows per reader: positions are drawn so that all samples together give about this many
 ROWS_PER_COLUMN = 16  # and at least so many per column of the unfolded input
 FRONTIER_BYTES = 1 << 30  # of one frontier in memory; a larger one goes to files
 _CHUNK_BYTES = 256 << 20  # activations of a batch in the collecting pass
 _LARGEST_BATCH = 64
-_BLOCK_ROWS = 1 << 16  # output positions that a fit of a block looks at
-_BLOCK_BYTES = 256 << 20  # and what its unfolded inputs and its outputs may take
-_COPIES = 8  # of an output that a fit works with: wanted, offset, what is missing, ...
 
 Tensors = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]  # new values of stored tensors, in their original shapes
@@ -152,6 +152,9 @@ class Sweep:
         stops = {r.index for r in self.readers}
         self.runtime = runtime
         self.blocks = [b for b in blocks if batches.data.batchable and {r.index for r in b.outer} <= stops]
+        # what is fitted by small steps is computed in float32 at least
+        narrow = self.blocks and (runtime.as_float32 or types(self.graph.model) & NARROW)
+        self._wide = Graph(float32_copy(self.graph.model), self.graph.folder) if narrow else self.graph
         self._ends = {id(b): max(place[r.layer.node.index] for r in b.outer) for b in self.blocks}
 
     def run(self, fit: Fitter, fit_block: BlockFitter, progress: Progress) -> Arrays:
@@ -169,7 +172,7 @@ class Sweep:
             original = self._enter(here, {}, shelf)
             # until something changes, both networks are one
             pruned = self._enter(here, self.arrays, shelf) if self.arrays else list(original)
-            taking = {id(b): Taking(b, self.analysis, self.batches) for b in self.blocks}
+            taking = {id(b): Taking(b, self.graph, self.batches.parts, self.batches.seed) for b in self.blocks}
             for k, reader in enumerate(self.readers):
                 start, last = self.cuts[k], k + 1 == len(self.cuts)
                 stop = start + 1 if last else self.cuts[k + 1]
@@ -190,7 +193,7 @@ class Sweep:
                 self.arrays |= fit(reader, folds, samples)
                 for block in [b for b in blocks if self._ends[id(b)] == start]:
                     taken = taking.pop(id(block))
-                    net = Network(self.graph, self.segments, self.runtime, block)
+                    net = Network(self._wide, replace(self.runtime, as_float32=False), block)
                     found = fit_block(net, taken.data(), taken.behind, self.arrays)
                     self.arrays |= found
                     if found:
@@ -291,62 +294,3 @@ class Sweep:
                 folds[g][k].add(rows[g], wanted[g])
             if samples is not None:
                 samples.add(rows[0], wanted[0], shortcut[0][chosen] if shortcut is not None else None)
-
-
-class Taking:
-    """Takes in what a block reads and should give, for a part of the samples."""
-
-    def __init__(self, block: Block, analysis: Analysis, batches: Batches) -> None:
-        self.batches = batches
-        self.behind: list[Behind] = []
-        self.held: dict[str, list[np.ndarray]] = {name: [] for name in block.held}
-        self.wanted: list[list[np.ndarray]] = []
-        self.offset: list[list[np.ndarray]] = []
-        self._step = self._stride(block, analysis, len(batches.data))
-
-    def add(
-        self, batch: int, reader: Reader, behind: Behind, output: np.ndarray, original: Tensors, pruned: Tensors
-    ) -> None:
-        """One batch at one of the block's readers."""
-        if batch == 0:
-            self.behind.append(behind)
-            self.wanted.append([])
-            self.offset.append([])
-        part = self.batches.parts[batch]
-        chosen = np.flatnonzero(np.asarray(part) % self._step == 0)
-        if not len(chosen):
-            return
-        if len(self.wanted) == 1:
-            for name, arrays in self.held.items():
-                arrays.append(pruned[name][chosen])
-        axis = reader.layer.channel_axis % output.ndim
-        shape = tuple(-1 if k == axis else 1 for k in range(output.ndim))
-        wanted, offset = output[chosen], behind.shift.reshape(shape).astype(output.dtype)
-        if behind.residual:
-            here, there = original[behind.residual][chosen], pruned[behind.residual][chosen]
-            wanted = wanted + behind.before_scale(here - there, shape)
-            offset = offset + there
-        self.wanted[-1].append(wanted)
-        self.offset[-1].append(np.broadcast_to(offset, wanted.shape))
-
-    @staticmethod
-    def _stride(block: Block, analysis: Analysis, samples: int) -> int:
-        """One sample in so many: as many as the rows of all unfolded inputs leave room for."""
-        layers = [(i.layer, i.unfolding) for i in block.inner] + [(r.layer, r.unfolding) for r in block.outer]
-        rows, size = 1, 0
-        for layer, unfolding in layers:
-            out = out_positions(layer, analysis.shapes.probes[0].shapes[layer.output])
-            positions = int(np.prod(out, dtype=np.int64))
-            columns = unfolding.group * columns_of(layer, tuple(analysis.graph.stored(layer.weight).dims))
-            outputs = int(analysis.shapes.probes[0].shapes[layer.output][layer.channel_axis])
-            rows, size = max(rows, positions), size + 4 * positions * (columns + _COPIES * outputs)
-        room = min(_BLOCK_ROWS // rows, _BLOCK_BYTES // size)
-        return max(samples // max(room, 1), 1)
-
-    def data(self) -> BlockData:
-        """All of it."""
-        return BlockData(
-            {k: np.concatenate(v) for k, v in self.held.items()},
-            tuple(np.concatenate(w) for w in self.wanted),
-            tuple(np.concatenate(o) for o in self.offset),
-        )

@@ -54,14 +54,13 @@ class Network:
 
     Args:
         graph: the network.
-        segments: makes sessions of its nodes.
         runtime: how to run.
         block: the part of the network.
     """
 
-    def __init__(self, graph: Graph, segments: Segments, runtime: Runtime, block: Block) -> None:
+    def __init__(self, graph: Graph, runtime: Runtime, block: Block) -> None:
         self.graph, self.block, self.runtime = graph, block, runtime
-        self.segments = segments
+        self.segments = Segments(graph, range(len(graph.nodes)), runtime)  # windows have sizes of their own
         self._pieces: dict[object, Piece] = {}
         self._adjoints: dict[tuple[int, tuple[int, ...]], Callable[[np.ndarray, np.ndarray], np.ndarray]] = {}
         self.layers = [i.layer for i in block.inner] + [r.layer for r in block.outer]
@@ -215,15 +214,14 @@ def _look(
 ) -> _State:
     before, between, outputs = net.run(data, weights)
     missing, live, loss = [], [], 0.0
-    parts = zip(net.block.outer, outputs, data.wanted, data.offset, saturations, scales, strict=True)
-    for reader, y, wanted, offset, saturation, scale in parts:
+    parts = zip(net.block.outer, outputs, data.wanted, data.offset, data.valid, saturations, scales, strict=True)
+    for reader, y, wanted, offset, valid, saturation, scale in parts:
         axis = reader.layer.channel_axis
-        now, goal, beside = (np.moveaxis(v, axis, -1) for v in (y, wanted, offset))
-        alive = np.ones((), bool)
+        now, goal, beside, alive = (np.moveaxis(v, axis, -1) for v in (y, wanted, offset, valid))
         if saturation is not None:
-            alive = saturation.open(goal, beside, now)
+            alive = alive & saturation.open(goal, beside, now)
             goal = saturation.target(goal, beside, now)
-        gap = goal - now
+        gap = (goal - now) * alive
         loss += scale * float(np.square(gap, dtype=np.float64).sum())
         missing.append(np.ascontiguousarray(np.moveaxis(gap, -1, axis)))
         live.append(np.moveaxis(np.broadcast_to(alive, now.shape), -1, axis).astype(y.dtype))
@@ -329,7 +327,8 @@ def fit_block(
         held_out: samples to judge by: a change that does not help there is not made.
         saturations: per outer layer, the limiter behind it.
     """
-    energy = [float(np.square(w - w.mean(), dtype=np.float64).sum()) for w in data.wanted]
+    counted = zip(data.wanted, data.valid, strict=True)
+    energy = [float(np.square((w - w.mean()) * v, dtype=np.float64).sum()) for w, v in counted]
     scales = [1.0 / max(e, float(np.finfo(np.float32).tiny)) for e in energy]
     weights = [p.weights for p in parts]
     state = _look(net, weights, data, saturations, scales)

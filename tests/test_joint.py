@@ -12,13 +12,15 @@ from builder import RUNTIME, Builder, analysed
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnxprune import taking
 from onnxprune.analysis import Analysis
 from onnxprune.blocks import Block, BlockData, find_blocks
 from onnxprune.joint import Network, Part, Vector, _Linear, _look, adjoint, current, fit_block, stored_tensors
 from onnxprune.layers import Layer
 from onnxprune.readers import find_readers
 from onnxprune.reconstruct import Saturation
-from onnxprune.segments import Segments
+from onnxprune.surroundings import look_behind
+from onnxprune.taking import Taking
 from onnxprune.unfold import Unfolding
 
 # ------------------------------------------------------------------------------------------------------ the networks
@@ -131,21 +133,20 @@ class Case:
         self.analysis, blocks = blocks_of(make)
         graph = self.analysis.graph
         self.block = blocks[k]
-        self.net = Network(
-            graph, Segments(graph, range(len(graph.nodes)), RUNTIME, self.analysis.shapes), RUNTIME, self.block
-        )
+        self.net = Network(graph, RUNTIME, self.block)
         self.rng = np.random.default_rng(0)
         layers = [(i.layer, i.unfolding) for i in self.block.inner] + [(r.layer, r.unfolding) for r in self.block.outer]
         self.parts = [Part(a, u, current(graph, a, {}), self.every(a)) for a, u in layers]
         held = {n: self.normal((samples, *(self.analysis.shapes.shape(n) or ())[1:])) for n in self.block.held}
-        empty = BlockData(held, (), ())
+        empty = BlockData(held, (), (), ())
         outputs = self.net.run(empty, self.weights)[2]
         self.data = BlockData(
             held,
             tuple(y + 0.3 * self.normal(y.shape) for y in outputs),
             tuple(0.1 * self.normal(y.shape) for y in outputs),
+            tuple(np.ones(y.shape, bool) for y in outputs),
         )
-        self.exact = BlockData(held, tuple(outputs), self.data.offset)
+        self.exact = BlockData(held, tuple(outputs), self.data.offset, self.data.valid)
 
     @property
     def weights(self) -> Vector:
@@ -228,6 +229,41 @@ def test_adjoints_of_convolutions(
     assert math.isclose(float((output * r).sum()), float((data * back).sum()), rel_tol=1e-3, abs_tol=1e-3)
 
 
+# ---------------------------------------------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize(("make", "k"), CASES, ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize("side", [1, 3, 5])
+def test_windows_give_what_the_whole_gives(make: Callable[[Builder], str], k: int, side: int) -> None:
+    """What is valid is right, and only what the edges reach is not valid."""
+    case = Case(make, k, 8)
+    _, tensor, outputs = case.net.run(case.data, case.weights)
+    before = dict(case.data.held) | {case.block.tensor: tensor}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(taking, "SIDE", side)
+        patch.setattr(taking, "ROWS", 1)
+        taken = Taking(case.block, case.analysis.graph, [range(4), range(4, 8)], 0)
+        patch.setattr(taken, "_plan", lambda whole, output: (Taking._plan(taken, whole, output)[0], 1))
+        for reader, y in zip(case.block.outer, outputs, strict=True):
+            behind = look_behind(case.analysis.graph, reader, set())
+            for batch, part in enumerate((np.arange(4), np.arange(4, 8))):
+                now = {n: a[part] for n, a in before.items()}
+                taken.add(batch, reader, behind, y[part], now, now)
+    data = taken.data()
+    found = Network(case.analysis.graph, RUNTIME, case.block).run(data, case.weights)[2]
+    whole = math.prod(tensor.shape) > math.prod(next(iter(data.held.values())).shape[:1]) and all(
+        data.held[n].shape == before[n].shape for n in data.held
+    )
+    for y, wanted, valid in zip(found, data.wanted, data.valid, strict=True):
+        assert y.shape == wanted.shape
+        gap = np.abs(y - wanted) * valid
+        assert gap.max() < 1e-5
+        if whole:
+            assert valid.all()
+        elif side == 5:
+            assert valid.any()
+
+
 # ---------------------------------------------------------------------------------------------------------- the fit
 
 
@@ -260,7 +296,9 @@ def test_what_is_not_free_stays() -> None:
 
 def test_nothing_is_changed_where_it_does_not_help_on_other_samples() -> None:
     case = Case(plain, 1, 40)
-    noise = BlockData(case.data.held, tuple(case.normal(w.shape) for w in case.data.wanted), case.data.offset)
+    noise = BlockData(
+        case.data.held, tuple(case.normal(w.shape) for w in case.data.wanted), case.data.offset, case.data.valid
+    )
     assert fit_block(case.net, case.parts, noise.take(np.arange(2)), case.exact.take(np.arange(10, 40)), [None]) is None
 
 
