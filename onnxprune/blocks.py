@@ -14,8 +14,8 @@ import numpy as np
 
 from onnxprune.analysis import Analysis
 from onnxprune.graph import Graph, Node
+from onnxprune.images import is_float
 from onnxprune.layers import Layer
-from onnxprune.precision import is_float
 from onnxprune.readers import Reader
 from onnxprune.rules.pointwise import UNARY, UNARY_OF_ZERO
 from onnxprune.unfold import Unfolding, columns_of
