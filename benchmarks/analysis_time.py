@@ -1,6 +1,6 @@
 """How long it takes to find what may be pruned, against the number of nodes: generated networks of growing depth.
 
-    python benchmarks/analysis_time.py [--blocks 4 16 64] [--write]
+    python benchmarks/analysis_time.py [--nodes 100 1000 3000] [--write]
 
 Seconds of processor time, so that what else the machine does counts less. Columns: normalising the graph, running it
 once or twice to know every size, the analysis itself (relations, units, groups), and a rewrite at half the width.
@@ -130,7 +130,7 @@ def measure(model: onnx.ModelProto) -> tuple[int, int, int, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 16, 64, 128, 192])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[100, 300, 1000, 2000, 3000])
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     lines = [
@@ -138,7 +138,9 @@ def main() -> None:
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, make in NETWORKS.items():
-        for blocks in options.blocks:
+        each_block = len(make(2).graph.node) - len(make(1).graph.node)
+        for wanted in options.nodes:
+            blocks = max(wanted // each_block, 1)
             model = make(blocks)
             nodes, positions, groups, times = min((measure(model) for _ in range(3)), key=lambda found: found[3][2])
             seconds = " | ".join(f"{each:.2f} s" for each in times)

@@ -121,6 +121,8 @@ class Runtime:
             model, values = detached(model)
         given = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in values.items()}
         options.add_external_initializers(list(given), list(given.values()))
+        if values and not optimise:  # run once or twice: weights are read where they are, without a second copy
+            options.add_session_config_entry("session.disable_prepacking", "1")
         data = model if isinstance(model, bytes) else model.SerializeToString()
         providers = [PROVIDERS[self.provider]]
         if self.provider != "cpu":
