@@ -31,9 +31,8 @@ from onnxprune.segments import Piece, Segments
 from onnxprune.unfold import Unfolding, from_matrices, out_positions
 
 ROUNDS = 2  # times that the pattern is looked at
-STEPS = 4  # of conjugate gradients, each round
+STEPS = 6  # of conjugate gradients at most, each round; the first one is also tried by half
 _DAMPING = 1e-3  # of the Gram matrices, relative to the mean of the diagonal
-_HALVINGS = 3
 
 Arrays = dict[str, np.ndarray]
 Vector = list[np.ndarray]  # one stack of matrices per layer, the inner ones first
@@ -335,41 +334,48 @@ def fit_block(
     judged = _look(net, weights, held_out, saturations, scales).loss
     first = judged
     for _ in range(ROUNDS):
-        change = _solve(_Linear(net, parts, data, scales, state))
-        for halving in range(_HALVINGS + 1):
-            moved = [w + c * 0.5**halving for w, c in zip(state.weights, change, strict=True)]
-            after = _look(net, moved, data, saturations, scales)
-            seen = _look(net, moved, held_out, saturations, scales).loss if after.loss < state.loss else np.inf
-            if seen < judged:
-                break
-        else:
+        path = _path(_Linear(net, parts, data, scales, state))
+        # few steps keep the change small where samples are few: how many is for the other samples to say
+        seen = [_look(net, _sum(state.weights, change), held_out, saturations, scales).loss for change in path]
+        if not seen or not min(seen) < judged:
             break
-        state, judged = after, seen
+        after = _look(net, _sum(state.weights, path[int(np.argmin(seen))]), data, saturations, scales)
+        if not after.loss < state.loss:
+            break
+        state, judged = after, min(seen)
     return state.weights if judged < first else None
 
 
-def _solve(problem: _Linear) -> Vector:
-    """A few steps of preconditioned conjugate gradients."""
+def _path(problem: _Linear) -> list[Vector]:
+    """The change after every step of preconditioned conjugate gradients."""
+    path: list[Vector] = []
     change = [np.zeros_like(p.weights) for p in problem.parts]
     missing = problem.state.missing
     gradient = problem.backward(missing)
     step = direction = problem.precondition(gradient)
     power = _dot(gradient, step)
-    for k in range(STEPS):
+    for left in reversed(range(STEPS)):
         moved = problem.forward(direction)
         bend = sum(s * float(np.square(m, dtype=np.float64).sum()) for s, m in zip(problem.scales, moved, strict=True))
         if not power > 0.0 or not bend > 0.0:
             break
         length = power / bend
         change = [c + length * d for c, d in zip(change, direction, strict=True)]
-        if k + 1 == STEPS:
+        if not path:
+            path.append([0.5 * c for c in change])
+        path.append(change)
+        if not left:
             break
         missing = [r - r.dtype.type(length) * m for r, m in zip(missing, moved, strict=True)]
         gradient = problem.backward(missing)
         step = problem.precondition(gradient)
         before, power = power, _dot(gradient, step)
         direction = [z + power / before * d for z, d in zip(step, direction, strict=True)]
-    return change
+    return path
+
+
+def _sum(a: Vector, b: Vector) -> Vector:
+    return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def _dot(a: Vector, b: Vector) -> float:

@@ -19,7 +19,7 @@ from onnxprune.surroundings import Behind
 from onnxprune.unfold import Unfolding, columns_of
 
 ROWS = 1 << 16  # positions in all
-BYTES = 256 << 20  # that the unfolded inputs and the outputs may take
+BYTES = 384 << 20  # that the unfolded inputs and the outputs may take
 SIDE = 10  # the shortest side of a window, where the whole is larger
 _COPIES = 8  # of an output that a fit works with: wanted, offset, what is missing, ...
 
