@@ -156,6 +156,7 @@ class Sweep:
         narrow = self.blocks and (runtime.as_float32 or types(self.graph.model) & NARROW)
         self._wide = Graph(float32_copy(self.graph.model), self.graph.folder) if narrow else self.graph
         self._ends = {id(b): max(place[r.layer.node.index] for r in b.outer) for b in self.blocks}
+        self._held = {id(b): {*b.held, *self._moving(b)[1]} for b in self.blocks}
 
     def run(self, fit: Fitter, fit_block: BlockFitter, progress: Progress) -> Arrays:
         """Visit every reader and block.
@@ -197,7 +198,7 @@ class Sweep:
                     found = fit_block(net, taken.data(), taken.behind, self.arrays)
                     self.arrays |= found
                     if found:
-                        self._again(block, start, here, pruned, shelf)
+                        self._again(block, here, pruned, shelf)
                 if not last:
                     self._advance(start, stop, ahead, pruned, shelf)
                 here = ahead
@@ -207,21 +208,27 @@ class Sweep:
     def _frontier(self, cut: int) -> list[str]:
         """What is needed behind a cut, and what blocks that are still open read."""
         made = {n: self.segments.place[p.index] for n, p in self.graph.producer.items()}
-        open_ = {n for b in self.blocks for n in b.held if made.get(n, -1) < cut <= self._ends[id(b)]}
+        open_ = {n for b in self.blocks for n in self._held[id(b)] if made.get(n, -1) < cut <= self._ends[id(b)]}
         needed = self.segments.frontier(cut)
         return [*needed, *sorted(open_ - set(needed))]
 
-    def _again(self, block: Block, stop: int, here: Sequence[str], states: list[Shelved], shelf: Shelf) -> None:
-        """Run the pruned network again from a block's inner layers to this cut."""
-        moved = {i.layer.output for i in block.inner}
+    def _moving(self, block: Block) -> tuple[list[int], set[str]]:
+        """Nodes to run again when a block has changed, up to its last reader; and the tensors that this takes."""
         nodes = [i.layer.node.index for i in block.inner]
-        for index in self.segments.order[:stop]:
+        made = {name for k in nodes for name in self.graph.nodes[k].outputs}
+        for index in self.segments.order[: self._ends[id(block)]]:
             node = self.graph.nodes[index]
-            if moved & {*node.inputs, *node.captured}:
-                moved.update(node.outputs)
+            if made & {*node.inputs, *node.captured}:
+                made.update(node.outputs)
                 nodes.append(index)
-        names = [name for name in here if name in moved]
-        piece = None
+        read = {n for k in nodes for n in (*self.graph.nodes[k].inputs, *self.graph.nodes[k].captured) if n}
+        return nodes, read - made - self.graph.computed_from_constants
+
+    def _again(self, block: Block, here: Sequence[str], states: list[Shelved], shelf: Shelf) -> None:
+        """Run the pruned network again from a block's inner layers to its last reader."""
+        nodes = self._moving(block)[0]
+        made = {name for k in nodes for name in self.graph.nodes[k].outputs}
+        names, piece = [name for name in here if name in made], None
         for batch, shelved in enumerate(states):
             tensors = shelf.get(shelved)
             piece = piece or self.segments.part(nodes, names, tensors, self.arrays)

@@ -491,3 +491,20 @@ def test_a_state_beside_a_batch_is_fed_with_one_sample() -> None:
     model = g.model(g.linear(g.Relu(g.linear(g.Squeeze(y, g.const([1])), 16)), 3), h, c)
     result = prune(model, speedup=1.2, select="random", reconstruct=False, best_effort=True, samples=4, threads=1)
     assert result.report.removed
+
+
+def test_layers_that_are_fitted_together_may_have_readers_far_apart() -> None:
+    """What stands behind the first reader is run again too, with whatever that reads."""
+    g = Builder(seed=2)
+    x = g.input("x", ["n", 3, 8, 8])
+    other = g.Relu(g.conv(x, 4, name="other"))
+    y = g.Relu(g.conv(x, 12, name="a"))
+    z = g.Relu(g.Add(g.conv(y, 4, name="b"), other))  # nobody needs the other one any more
+    z = g.conv(g.Relu(g.conv(z, 8, name="c")), 4, name="d")
+    z = g.Relu(g.Add(z, g.conv(y, 4, name="e")))
+    model = g.model(g.gemm(g.Flatten(g.GlobalAveragePool(z)), 3, name="head"))
+    data = np.random.default_rng(0).standard_normal((80, 3, 8, 8)).astype(np.float32)
+    fitted, sliced = (small(model, data=data, reconstruct=r, samplers=False) for r in (True, False))
+    expected = run(model, {"x": data})[0]
+    errors = [np.linalg.norm(run(r.model, {"x": data})[0] - expected) for r in (fitted, sliced)]
+    assert errors[0] < errors[1]
