@@ -219,8 +219,8 @@ def second(path: Path) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- tables
 
 _MISSING = """Not measured yet: two threads and batch 8 (the machine was shared), SqueezeNet, the accuracy of ResNet-56
-and SqueezeNet over time, other pruners at the same time, a browser, and a GPU. The second runtime's times were taken on a
-busy machine; its outputs are what counts there."""
+and SqueezeNet over time, other pruners at the same time, a browser, and a GPU. The second runtime's times were taken on
+a busy machine; its outputs are what counts there."""
 
 
 def text(found: dict[str, Rows]) -> str:
