@@ -179,8 +179,10 @@ class Sweep:
                 stop = start + 1 if last else self.cuts[k + 1]
                 ahead = [] if last else self._frontier(stop)
                 behind = self._behind(reader, here)
-                folds, samples = self._empty(reader), Samples.of(behind, reader, len(original))
                 blocks = [b for b in self.blocks if reader in b.outer]
+                folds, samples = self._empty(reader), None
+                if not blocks:  # a block's fit looks at the limiter too
+                    samples = Samples.of(behind, reader, len(original))
                 piece = None
                 for batch in range(len(original)):
                     now, beside = shelf.get(original[batch]), shelf.get(pruned[batch])

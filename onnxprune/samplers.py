@@ -1,20 +1,37 @@
-"""Channel samplers: a convolution that reads only some channels of a stream that keeps its width.
+"""Channel samplers: a convolution that reads only some channels of a tensor that keeps its width.
 
 The width of a residual stream is shared by all its blocks, so that a channel can go only where no block needs it. A
 sampler (a Gather in front of a block's first convolution) lets every block choose its own channels instead and leaves
-the stream as it is (He et al. 2017, section 3.3: feature map sampling).
+the stream as it is (He et al. 2017, section 3.3: feature map sampling). The same holds for a narrow layer whose output
+several much more expensive layers read.
 """
 
 from __future__ import annotations
 
-from onnxprune.analysis import Analysis
+from onnxprune.analysis import Analysis, GroupInfo
+
+_MANY = 2.0  # times the cost of the layers that make a group have the layers that read it, where they read alone
 
 
 def samplable(analysis: Analysis) -> frozenset[int]:
-    """Indices of the convolutions that read a stream which several layers add to."""
-    streams = {(axis.tensor, axis.axis) for g in analysis.groups if len(g.producers) > 1 for axis in g.group.axes}
+    """Indices of the convolutions that read what several layers add to, or what is made cheaply for several readers."""
+    costs: dict[str, float] = {}
+    for term in analysis.terms:
+        costs[term.node] = costs.get(term.node, 0.0) + term.at(analysis.nominal)
+    together: dict[tuple[str, int], list[bool]] = {}
+    for info in analysis.groups:
+        for axis in info.group.axes:
+            together.setdefault((axis.tensor, axis.axis), []).append(_shared(info, costs))
     return frozenset(
         layer.node.index
         for layer in analysis.layers
-        if layer.node.op == "Conv" and layer.group == 1 and (layer.weight, layer.weight_axis) in streams
+        if layer.node.op == "Conv"
+        and layer.group == 1
+        and all(together.get((layer.weight, layer.weight_axis), [False]))
     )
+
+
+def _shared(info: GroupInfo, costs: dict[str, float]) -> bool:
+    """Whether a group's readers had better choose for themselves."""
+    made, read = (sum(costs.get(label, 0.0) for label in labels) for labels in (info.producers, info.consumers))
+    return len(info.producers) > 1 or (len(info.consumers) > 1 and read >= _MANY * made)

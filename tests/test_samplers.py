@@ -54,6 +54,26 @@ def test_readers_of_a_stream_may_sample_and_others_not() -> None:
     assert labels(chain()) == set()
 
 
+def fire() -> onnx.ModelProto:
+    g = Builder(seed=5)
+    x = g.Relu(g.conv(g.input("x", ["n", 3, 8, 8]), 12, name="stem"))
+    x = g.Relu(g.conv(x, 6, k=1, name="squeeze"))
+    x = g.Relu(g.Concat(g.conv(x, 8, k=1, name="one"), g.conv(x, 8, name="three"), axis=1))
+    return g.model(g.gemm(g.Flatten(g.GlobalAveragePool(x)), 4, name="head"))
+
+
+def test_what_is_made_cheaply_for_several_readers_may_be_sampled() -> None:
+    assert labels(fire()) == {"one", "three"}
+
+
+def test_what_costs_as_much_to_make_as_to_read_is_cut_for_all() -> None:
+    g = Builder(seed=5)
+    x = g.Relu(g.conv(g.input("x", ["n", 3, 8, 8]), 12, name="stem"))
+    x = g.Relu(g.conv(x, 12, name="made"))
+    x = g.Relu(g.Concat(g.conv(x, 4, k=1, name="one"), g.conv(x, 4, k=1, name="two"), axis=1))
+    assert labels(g.model(g.gemm(g.Flatten(g.GlobalAveragePool(x)), 4, name="head"))) == set()
+
+
 def test_a_sampled_stream_keeps_its_width_and_its_readers_choose() -> None:
     model = residual()
     plain, _ = analysed(model)
