@@ -22,6 +22,7 @@ from onnxprune.unfold import Unfolding, columns_of
 
 # every element of the output follows from the same element of the input; the other inputs are stored
 _ELEMENTWISE = {*UNARY_OF_ZERO.split(), *UNARY.split(), "Clip", "Add", "Sub", "Mul", "Div", "PRelu"}
+_ELEMENTWISE |= {"BatchNormalization"}
 # these have no slope, or another type
 _ELEMENTWISE -= {"BitwiseNot", "Cast", "CastLike", "Ceil", "Dropout", "Floor", "IsInf", "IsNaN", "Not", "Round", "Sign"}
 MAX_COLUMNS = 4608  # of an unfolded input: a wider layer stays as the fit of one layer left it
@@ -139,6 +140,8 @@ def _trace(analysis: Analysis, name: str, ends: set[int]) -> tuple[Layer, tuple[
             continue
         node = graph.producer.get(tensor)
         if node is None or node.op not in _ELEMENTWISE or node.domain or len(node.outputs) != 1:
+            return None
+        if node.attributes.get("training_mode", 0):  # all samples together make one
             return None
         between[node.index] = node
         waiting += [n for n in node.inputs if n and n not in graph.computed_from_constants]

@@ -211,7 +211,8 @@ class Taking:
         for inner in self.block.inner:
             if strides.setdefault(inner.layer.data, inner.unfolding.strides) != inner.unfolding.strides:
                 return False
-            for name in (n for node in inner.between for n in node.inputs if n and self.graph.is_stored(n)):
+            nodes = [n for n in inner.between if n.op != "BatchNormalization"]  # whose constants are the channels'
+            for name in (n for node in nodes for n in node.inputs if n and self.graph.is_stored(n)):
                 dims = self.graph.stored(name).dims
                 aligned = [1] * (rank + 2 - len(dims)) + list(dims)
                 if any(size > 1 for k, size in enumerate(aligned) if k not in (0, self.block.axis)):

@@ -66,6 +66,11 @@ def tokens(g: Builder) -> str:
     return g.linear(g.Relu(g.linear(g.Gelu(g.linear(x, 7, name="a")), 6, name="b", bias=False)), 3, name="c")
 
 
+def normalised(g: Builder) -> str:
+    y = g.Relu(g.batch_norm(g.conv(image(g), 6, name="a"), name="norm"))
+    return head(g, g.Relu(g.batch_norm(g.conv(y, 4, name="b"), name="norm2")))
+
+
 def read_elsewhere(g: Builder) -> str:
     y = g.Relu(g.conv(image(g), 6, name="a"))
     return head(g, g.Concat(g.conv(y, 4, name="b"), y, axis=1))
@@ -89,6 +94,7 @@ FOUND: dict[Callable[[Builder], str], list[tuple[str, str]]] = {
     grouped: [("stem", "a"), ("a", "b")],
     upwards: [("stem", "a"), ("a", "b")],
     tokens: [("stem", "a"), ("a", "b"), ("b", "c")],
+    normalised: [("stem", "a"), ("a", "b")],
     read_elsewhere: [("stem", "a")],
     pooled: [("stem", "a")],
     shared: [],
