@@ -195,7 +195,7 @@ def test_backward_is_the_transpose_of_forward(make: Callable[[Builder], str], k:
 def test_forward_is_how_the_outputs_change(make: Callable[[Builder], str], k: int) -> None:
     case = Case(make, k)
     problem = case.linear([None] * len(case.block.outer))
-    change, step = case.change(), 1e-3
+    change, step = case.change(), 2e-4
     moved = [w + step * c for w, c in zip(case.weights, change, strict=True)]
     before, after = (case.net.run(case.data, w)[2] for w in (case.weights, moved))
     for linear, a, b in zip(problem.forward(change), before, after, strict=True):
