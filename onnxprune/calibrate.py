@@ -180,9 +180,7 @@ class Sweep:
                 ahead = [] if last else self._frontier(stop)
                 behind = self._behind(reader, here)
                 blocks = [b for b in self.blocks if reader in b.outer]
-                folds, samples = self._empty(reader), None
-                if not blocks:  # a block's fit looks at the limiter too
-                    samples = Samples.of(behind, reader, len(original))
+                folds, samples = self._empty(reader), Samples.of(behind, reader, len(original))
                 piece = None
                 for batch in range(len(original)):
                     now, beside = shelf.get(original[batch]), shelf.get(pruned[batch])

@@ -278,7 +278,7 @@ class _Linear:
         result = []
         for part, factors, g in zip(self.parts, self.factors, gradient, strict=True):
             step = np.zeros_like(g)
-            for group, (active, factor) in enumerate(factors):
+            for group, active, factor in factors:
                 step[group, active] = cho_solve(factor, g[group, active], check_finite=False)
             result.append(step * part.free)
         return result
@@ -293,16 +293,18 @@ class _Linear:
         found: np.ndarray = np.matmul(self.rows[k].transpose(0, 2, 1), targets).astype(np.float64) * part.free
         return found
 
-    def _factors(self, k: int) -> list[tuple[np.ndarray, tuple[np.ndarray, bool]]]:
-        """Per group of a layer the columns that may change, and the factor of their Gram matrix."""
+    def _factors(self, k: int) -> list[tuple[int, np.ndarray, tuple[np.ndarray, bool]]]:
+        """Groups of a layer that may change: their number, the columns that may, the factor of their Gram matrix."""
         weight = self._weight(k)
         factors = []
-        for rows, free in zip(self.rows[k], self.parts[k].free, strict=True):
+        for group, (rows, free) in enumerate(zip(self.rows[k], self.parts[k].free, strict=True)):
             active = np.flatnonzero(free.any(axis=1))
+            if not len(active):  # a group of a grouped convolution that went as a whole
+                continue
             used = rows[:, active]
             gram = weight * (used.T @ used).astype(np.float64)
             gram[np.diag_indices_from(gram)] += _DAMPING * float(np.diag(gram).mean()) + np.finfo(np.float32).tiny
-            factors.append((active, cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)))
+            factors.append((group, active, cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)))
         return factors
 
     def _weight(self, k: int) -> float:

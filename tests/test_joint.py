@@ -302,6 +302,17 @@ def test_what_is_not_free_stays() -> None:
         assert (new[part.free] != part.weights[part.free]).any()
 
 
+def test_a_group_that_went_as_a_whole_is_left_alone() -> None:
+    case = Case(grouped, 1, 40)
+    for part in case.parts:
+        part.free[0] = False
+    changed = zip(case.parts, case.change(0.05), strict=True)
+    parts = [Part(p.layer, p.unfolding, p.weights + c, p.free) for p, c in changed]
+    found = fit_block(case.net, parts, case.exact.take(np.arange(30)), case.exact.take(np.arange(30, 40)), [None])
+    assert found is not None
+    assert all((new[0] == part.weights[0]).all() for part, new in zip(parts, found, strict=True))
+
+
 def test_nothing_is_changed_where_it_does_not_help_on_other_samples() -> None:
     case = Case(plain, 1, 40)
     noise = BlockData(
