@@ -1,19 +1,23 @@
 """What share of exported architectures is pruned, exactly: one table from a folder of ONNX files.
 
     python benchmarks/coverage_export.py MODELS                  # in an environment with torch
-    python benchmarks/coverage.py MODELS --judge check_surgery.py [--others PYTHON] [--output benchmarks/coverage]
+    python benchmarks/coverage.py MODELS --judge check_surgery.py [--output benchmarks/coverage]
+    python benchmarks/coverage.py MODELS --fit [--output benchmarks/coverage]
+    python benchmarks/coverage.py MODELS --others PYTHON [--output benchmarks/coverage]
 
 Every file is pruned by the public call to 1.5x (or as far as the model goes) at random channels and without
 reconstruction, proven, and, with ``--judge``, compared by the outside script with the original in which the removed
-channels are silenced, at every size it was probed at. Seed 0, one thread, a process per file. ``--others`` names a
-Python that has what `coverage_others` needs, and its answers stand beside.
+channels are silenced, at every size it was probed at. Seed 0, one thread, a process per file. ``--fit`` prunes every
+file once more as a user would: channels chosen by activations, weights fitted again, on a few random samples; that says
+what runs, and nothing of what is left of a trained network (`accuracy.py` does). ``--others`` names a Python that has
+what `coverage_others` needs. The answers stand beside one another in one table.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -24,14 +28,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-TARGET = 1.5
+from coverage_table import LATE, OTHER_NAMES, SAMPLES, TARGET, markdown, verdict
+
 OTHERS = Path(__file__).with_name("coverage_others.py")
 ONNXSIM = ("onnxsim", "onnxsim_simplified")
-OTHER_NAMES = {
-    "onnxsim": "onnxsim's `apply_structured_pruning` of the files",
-    "onnxsim_simplified": "the same after `simplify`",
-    "torch_pruning": "Torch-Pruning's documented call on the architectures (it runs; not checked further)",
-}
 
 
 def prune_one(path: Path, judge: Path | None) -> dict[str, Any]:
@@ -86,90 +86,37 @@ def prune_one(path: Path, judge: Path | None) -> dict[str, Any]:
     return result
 
 
+def fit_one(path: Path) -> dict[str, Any]:
+    """Prune one file as a user would, and say how long that took and how far the outputs went."""
+    import onnxprune
+
+    start = time.perf_counter()
+    try:
+        done = onnxprune.prune(path, speedup=TARGET, samples=SAMPLES, best_effort=True, threads=1, seed=0)
+    except onnxprune.UnreachableTarget:
+        return {"seconds": round(time.perf_counter() - start, 1)}
+    timings = done.report.timings
+    errors = done.report.fidelity.relative_error.values() if done.report.fidelity else ()
+    return {
+        "seconds": round(time.perf_counter() - start, 1),
+        "longest": max(timings, key=lambda stage: timings[stage]),
+        "speedup": round(done.report.achieved.macs, 3),
+        "difference": round(max(errors, default=0.0), 4),
+        "finite": all(map(math.isfinite, errors)),
+    }
+
+
 def _child(command: list[str], seconds: float) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds, env=environment)
     except subprocess.TimeoutExpired:
-        return {"error": f"no answer in {seconds:.0f} s"}
+        return {"error": f"{LATE} {seconds:.0f} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         return {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:300]}
     found: dict[str, Any] = json.loads(lines[-1])
     return found
-
-
-def verdict(row: dict[str, Any]) -> str:
-    """In a word: pruned, unchanged, wrong or crashed."""
-    if "error" in row:
-        return "wrong" if "the proof failed" in row["error"] else "crash"
-    if row.get("judge") == "differs":
-        return "wrong"
-    # the multiply-accumulates of a detector go by how much it finds, so that their ratio alone says little
-    return "pruned" if row["speedup"] > 1.001 or row.get("removed") else "unchanged"
-
-
-def _held_by(reasons: list[str]) -> str:
-    """The reason that tells most: a place without channels (tokens, rows of an image) holds nothing by itself."""
-    telling = [reason for reason in reasons if "gives no rule for this axis" not in reason]
-    return next(iter(telling or reasons), "")
-
-
-def markdown(rows: list[dict[str, Any]], machine: str, refused: dict[str, str]) -> str:
-    """The table, with its summary first; ``refused`` says what an exporter could not write, and why."""
-    verdicts = [verdict(row) for row in rows]
-    count = {v: verdicts.count(v) for v in ("pruned", "unchanged", "wrong", "crash")}
-    prunable = [row["prunable"] for row in rows if "prunable" in row]
-    most = sum(p >= 0.9 for p in prunable)
-    lines = [
-        "# Coverage",
-        "",
-        f"{len(rows)} files, {datetime.date.today()}, {machine}. Made by `benchmarks/coverage.py`; random weights,"
-        " seed 0, one thread; seconds are those of a busy machine.",
-        "",
-        f"Pruned exactly {count['pruned']}, unchanged {count['unchanged']}, wrong {count['wrong']}, crashed"
-        f" {count['crash']}. Share of multiply-accumulates in prunable layers at least 0.9 in {most} of"
-        f" {len(prunable)} files; {TARGET}x reached in {sum(row.get('speedup', 0) >= TARGET for row in rows)}.",
-        "",
-    ]
-    others = [key for key in OTHER_NAMES if any(key in row for row in rows)]
-    for key in others:
-        said = [str(row[key]).split(":")[0] for row in rows if key in row]
-        words = [f"{w} {said.count(w)}" for w in ("pruned", "approximate", "unchanged", "failed") if w in said]
-        lines += [f"Beside it, {OTHER_NAMES[key]}: {', '.join(words)}, of {len(said)}.", ""]
-    head = [
-        "model",
-        "exporter",
-        "batch",
-        "nodes",
-        "prunable",
-        "speed-up",
-        "difference",
-        "seconds",
-        *others,
-        "held back by",
-    ]
-    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for row in rows:
-        parts = row["file"].split("__")
-        name, exporter, batch = ("/".join(parts[:-2]), *parts[-2:]) if len(parts) > 2 else (row["file"], "", "")
-        if "error" in row:
-            cells = [name, exporter, batch, "", "", "", "", "", *(str(row.get(k, "")).split(":")[0] for k in others)]
-            cells.append(f"**{verdict(row)}**: {row['error'][:120]}")
-        else:
-            why = _held_by(row["frozen"]) if row["prunable"] < 0.9 else ""
-            if verdict(row) == "wrong":
-                why = f"**wrong**: {row['judged']}"
-            cells = [name, exporter, batch, row.get("nodes", ""), f"{row['prunable']:.2f}", f"{row['speedup']:.2f}"]
-            cells += [f"{row['proof']:.0e}", f"{row['seconds']:.1f}"]
-            cells += [*(str(row.get(k, "")).split(":")[0] for k in others), why]
-        lines.append(f"| {' | '.join(str(c).replace('|', '/') for c in cells)} |")
-    if refused:
-        lines += ["", f"Not exported ({len(refused)}; not counted above):", ""]
-        lines += [
-            f"- {name.replace('__', '/')}: {' '.join(why.split())[:140]}" for name, why in sorted(refused.items())
-        ]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -181,40 +128,44 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--again", default="", help="verdicts to compute anew, of the rows that the output has")
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--one", choices=["own"], help=argparse.SUPPRESS)
+    parser.add_argument("--fit", action="store_true", help="prune every file as a user would, besides")
+    parser.add_argument("--one", choices=["own", "fit"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(prune_one(options.models, options.judge)))
+        print(json.dumps(fit_one(options.models) if options.one == "fit" else prune_one(options.models, options.judge)))
         return
     target = options.output.with_suffix(".json") if options.output else None
-    known = {}
+    known: dict[str, Any] = {"rows": []}
     if target and target.exists():
-        known = {row["file"]: row for row in json.loads(target.read_text())["rows"]}
+        known = json.loads(target.read_text())
+    rows = {row["file"]: row for row in known["rows"]}
     refused = {path.stem: path.read_text() for path in options.models.glob("*.failed")}
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    paths = sorted(options.models.glob("*.onnx"))
-    rows = {path.stem: known[path.stem] for path in paths if path.stem in known}
-    for path in paths:
+    for path in sorted(options.models.glob("*.onnx"), key=lambda path: path.stat().st_size):
         row = rows.get(path.stem, {})
-        own = not row or verdict(row) in options.again.split(",")
+        again = options.again.split(",")
+        own = not row or verdict(row) in again
+        fitted = options.fit and ("fit" not in row or ("crash" in again and "error" in row["fit"]))
         others = options.others and not set(row) & set(OTHER_NAMES)
-        if not re.search(options.only, path.stem) or not (own or others):
+        if not re.search(options.only, path.stem) or not (own or fitted or others):
             continue
+        command = [sys.executable, __file__, str(path), "--one"]
         if own:
             judge = ["--judge", str(options.judge)] if options.judge else []
-            answers = {key: value for key, value in row.items() if key in OTHER_NAMES}
-            command = [sys.executable, __file__, str(path), "--one", "own", *judge]
-            row = {"file": path.stem} | _child(command, options.seconds) | answers
+            answers = {key: value for key, value in row.items() if key in (*OTHER_NAMES, "fit")}
+            row = {"file": path.stem} | _child([*command, "own", *judge], options.seconds) | answers
+        if fitted:
+            row["fit"] = _child([*command, "fit"], options.seconds)
         if others:
             found = _child([str(options.others), str(OTHERS), str(path)], options.seconds)
             row |= found if "error" not in found else dict.fromkeys(ONNXSIM, f"failed: {found['error']}")
         rows[path.stem] = row
         said = row.get("error") or f"{row['prunable']:.2f} {row['speedup']:.2f}x {row['seconds']} s {row['frozen'][:1]}"
-        print(f"{path.stem}: {verdict(row)} {said}", file=sys.stderr, flush=True)
+        print(f"{path.stem}: {verdict(row)} {said} {row.get('fit', '')}", file=sys.stderr, flush=True)
         if target:
-            done = [rows[name] for name in sorted(rows)]
-            target.write_text(json.dumps({"rows": done}, indent=1))
-            target.with_suffix(".md").write_text(markdown(done, machine, refused))
+            known["rows"] = [rows[name] for name in sorted(rows)]
+            target.write_text(json.dumps(known, indent=1))
+            target.with_suffix(".md").write_text(markdown(known["rows"], machine, refused, known.get("note", "")))
     if not target:
         print(markdown([rows[name] for name in sorted(rows)], machine, refused))
 
