@@ -316,6 +316,7 @@ class _Linear:
         return total / self.state.between.shape[self.net.block.axis] or 1.0
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is no number never counts as better
 def fit_block(
     net: Network, parts: Sequence[Part], data: BlockData, held_out: BlockData, saturations: Sequence[Saturation | None]
 ) -> Vector | None:
@@ -336,7 +337,12 @@ def fit_block(
     judged = _look(net, weights, held_out, saturations, scales).loss
     first = judged
     for _ in range(ROUNDS):
-        path = _path(_Linear(net, parts, data, scales, state))
+        if not np.isfinite(state.loss):
+            break
+        try:
+            path = _path(_Linear(net, parts, data, scales, state))
+        except np.linalg.LinAlgError:  # activations so large that their squares are no numbers
+            break
         # few steps keep the change small where samples are few: how many is for the other samples to say
         seen = [_look(net, _sum(state.weights, change), held_out, saturations, scales).loss for change in path]
         if not seen or not min(seen) < judged:

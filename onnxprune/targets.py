@@ -132,9 +132,10 @@ def limits(
 def unreachable(analysis: Analysis, wanted: Wanted, reachable: float, where: str = "") -> UnreachableTarget:
     """What to say where the ratio cannot be reached."""
     unit = "" if wanted.by == "macs" else f" in {UNITS[wanted.by]}"
+    further = "; --best-effort goes as far as possible" if reachable > 1.0 else ""
     return UnreachableTarget(
         f"a speed-up of {wanted.speedup:g}{unit} cannot be reached; the largest for this model is {reachable:.3g}"
-        f"{where}{_what_holds(analysis)} (see onnxprune inspect; --best-effort goes as far as possible)",
+        f"{where}{_what_holds(analysis)} (see onnxprune inspect{further})",
         reachable,
     )
 

@@ -321,6 +321,16 @@ def test_nothing_is_changed_where_it_does_not_help_on_other_samples() -> None:
     assert fit_block(case.net, case.parts, noise.take(np.arange(2)), case.exact.take(np.arange(10, 40)), [None]) is None
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30], ids=str)
+def test_nothing_is_changed_where_the_numbers_are_none(value: float) -> None:
+    case = Case(plain, 1, 40)
+    held = {name: array.copy() for name, array in case.exact.held.items()}
+    for array in held.values():
+        array[3] = value
+    broken = BlockData(held, case.exact.wanted, case.exact.offset, case.exact.valid)
+    assert fit_block(case.net, case.parts, broken.take(np.arange(30)), broken.take(np.arange(30, 40)), [None]) is None
+
+
 @pytest.mark.parametrize("make", [plain, tokens, grouped, upwards], ids=lambda make: make.__name__)
 def test_stored_tensors_are_the_inverse_of_current(make: Callable[[Builder], str]) -> None:
     analysis, _ = analysed(model_of(make))
