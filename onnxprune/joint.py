@@ -303,8 +303,7 @@ class _Linear:
                 continue
             used = rows[:, active]
             gram = weight * (used.T @ used).astype(np.float64)
-            gram[np.diag_indices_from(gram)] += _DAMPING * float(np.diag(gram).mean()) + np.finfo(np.float32).tiny
-            factors.append((group, active, cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)))
+            factors.append((group, active, _factor(gram)))
         return factors
 
     def _weight(self, k: int) -> float:
@@ -380,6 +379,26 @@ def _path(problem: _Linear) -> list[Vector]:
         before, power = power, _dot(gradient, step)
         direction = [z + power / before * d for z, d in zip(step, direction, strict=True)]
     return path
+
+
+def _factor(gram: np.ndarray) -> tuple[np.ndarray, bool]:
+    """The Cholesky factor of a Gram matrix and some damping: more where columns of very different sizes need it.
+
+    Raises:
+        LinAlgError: no damping helps, as with what is no number.
+    """
+    mean = float(np.diag(gram).mean())
+    damping = _DAMPING
+    while True:
+        damped = gram.copy()
+        damped[np.diag_indices_from(gram)] += damping * mean + np.finfo(np.float32).tiny
+        try:
+            factor: tuple[np.ndarray, bool] = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
+            return factor
+        except np.linalg.LinAlgError:
+            damping *= 10.0
+            if damping > 1.0:
+                raise
 
 
 def _sum(a: Vector, b: Vector) -> Vector:

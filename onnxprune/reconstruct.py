@@ -31,14 +31,26 @@ class Fit:
 
 
 def solve(statistics: Statistics, kept: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:
-    """The ridge solution on the kept columns.
+    """The ridge solution on the kept columns, with more ridge where the matrix is not positive definite to rounding.
 
     Args:
         statistics: of the reader.
         kept: indices of the kept columns; the last column of the statistics is the bias.
-        prior: (p, o) the weights to shrink towards.
+        prior: (p, o) the weights to shrink towards, and what is left where no ridge helps.
         ridge: relative to the mean of the Gram matrix' diagonal.
     """
+    while True:
+        try:
+            return _solve(statistics, kept, prior, ridge)
+        except np.linalg.LinAlgError:
+            if ridge > 1e3:
+                sliced = np.zeros_like(prior, dtype=np.float64)
+                sliced[kept] = prior[kept]
+                return sliced
+            ridge = max(10.0 * ridge, 1e-12)
+
+
+def _solve(statistics: Statistics, kept: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:
     gram = statistics.gram[np.ix_(kept, kept)].copy()
     diagonal = np.diag(gram)
     penalty = np.full(len(kept), ridge * max(float(diagonal.mean()), np.finfo(float).tiny))
@@ -68,10 +80,10 @@ def fit(folds: Sequence[Statistics], kept: np.ndarray, prior: np.ndarray) -> Fit
             seen = 0.0
             for k, held in enumerate(folds):
                 rest = [f for j, f in enumerate(folds) if j != k]
-                seen += held.error(_try(rest[0], kept, prior, ridge))
+                seen += held.error(solve(rest[0], kept, prior, ridge))
             if seen < score:
                 best, score = ridge, seen
-    weights = _try(total, kept, prior, best)
+    weights = solve(total, kept, prior, best)
     sliced = np.zeros_like(prior, dtype=np.float64)
     sliced[kept] = prior[kept]
     if total.error(sliced) < total.error(weights):  # never worse than leaving them alone
@@ -163,16 +175,3 @@ def refine(
     full = np.zeros_like(start.weights)
     full[kept] = weights
     return Fit(full, start.ridge, losses[-1] / energy)
-
-
-def _try(statistics: Statistics, kept: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:
-    """Solve, with more ridge where the matrix is not positive definite."""
-    while True:
-        try:
-            return solve(statistics, kept, prior, ridge)
-        except np.linalg.LinAlgError:
-            if ridge > 1e3:
-                sliced = np.zeros_like(prior, dtype=np.float64)
-                sliced[kept] = prior[kept]
-                return sliced
-            ridge *= 10.0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnxprune import taking
 from onnxprune.analysis import Analysis
 from onnxprune.blocks import Block, BlockData, find_blocks
-from onnxprune.joint import Network, Part, Vector, _Linear, _look, adjoint, current, fit_block, stored_tensors
+from onnxprune.joint import Network, Part, Vector, _factor, _Linear, _look, adjoint, current, fit_block, stored_tensors
 from onnxprune.layers import Layer
 from onnxprune.readers import find_readers
 from onnxprune.reconstruct import Saturation
@@ -319,6 +319,21 @@ def test_nothing_is_changed_where_it_does_not_help_on_other_samples() -> None:
         case.data.held, tuple(case.normal(w.shape) for w in case.data.wanted), case.data.offset, case.data.valid
     )
     assert fit_block(case.net, case.parts, noise.take(np.arange(2)), case.exact.take(np.arange(10, 40)), [None]) is None
+
+
+def test_columns_of_very_different_sizes_are_damped_more() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((40, 200)).astype(np.float32)
+    rows[:, 0] *= 1e-3
+    gram = (rows.T @ rows).astype(np.float64)
+    gram -= 3e-3 * np.diag(gram).mean() * np.eye(len(gram))  # as rounding in single precision may leave it
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(gram + 1e-3 * np.diag(gram).mean() * np.eye(len(gram)))
+    lower = np.tril(_factor(gram)[0])
+    left = lower @ lower.T - gram
+    assert np.allclose(left, 1e-2 * np.diag(gram).mean() * np.eye(len(gram)), atol=1e-6 * np.diag(gram).mean())
+    with pytest.raises(np.linalg.LinAlgError):
+        _factor(-np.eye(3))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30], ids=str)

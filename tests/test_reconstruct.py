@@ -186,3 +186,14 @@ def test_a_layer_without_a_bias_gets_none() -> None:
     kept = np.arange(COLUMNS - 1)[1:]
     found = fit(halves(x, x @ weights + 5.0), kept, weights)
     assert (found.weights[[0, -1]] == 0).all()
+
+
+def test_solve_takes_more_ridge_where_rounding_leaves_no_positive_matrix() -> None:
+    rng = np.random.default_rng(0)
+    x, weights = rng.standard_normal((6, COLUMNS)), rng.standard_normal((COLUMNS, 2))
+    statistics = summed(x, x @ weights)
+    statistics.gram[np.diag_indices(COLUMNS)] -= 1e-3 * np.diag(statistics.gram).mean()
+    found = solve(statistics, np.arange(COLUMNS), weights, 1e-4)
+    assert np.isfinite(found).all()
+    statistics.gram[:] = -np.eye(COLUMNS)
+    assert (solve(statistics, np.arange(COLUMNS), weights, 1e-4) == weights).all()
