@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxprune.api import Inspection, Result, analyze, prune
+    from onnxprune.api import Inspection, Result, analyze, prune, prune_family
     from onnxprune.comparison import Comparison, compare
     from onnxprune.data import Preprocessing
     from onnxprune.errors import InputError, InternalError, OnnxPruneError, UnreachableTarget
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "prune": "api",
+    "prune_family": "api",
     "analyze": "api",
     "Result": "api",
     "Inspection": "api",
@@ -48,6 +49,7 @@ __all__ = [
     "analyze",
     "compare",
     "prune",
+    "prune_family",
 ]
 
 

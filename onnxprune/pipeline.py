@@ -54,7 +54,7 @@ class Chooser:
     kept: dict[int, np.ndarray] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # for the report
-    priced: list[np.ndarray] = field(default_factory=list)
+    priced: list[np.ndarray] | None = None  # per group, damage for every kept count
 
     def __post_init__(self) -> None:
         if self.method == "slimming":  # refused at once, rather than after a pass over the data
@@ -100,20 +100,21 @@ class Chooser:
 
     # ------------------------------------------------------------------------------------------------- budget
 
-    def allocate(self, limits: Sequence[Limit], choices: Sequence[np.ndarray], measured: bool) -> np.ndarray:
-        """Kept counts within the limits: by measured damage, or the same share of every group.
+    def price(self) -> None:
+        """Measure what every width of every group costs in damage to the output, where the budget asks for that."""
+        if self.method != "slimming":
+            self.priced = self.curves()
 
-        May be asked again with other limits; the damage is measured once.
-        """
+    def allocate(self, limits: Sequence[Limit], choices: Sequence[np.ndarray]) -> np.ndarray:
+        """Kept counts within the limits: by measured damage, or the same share of every group where none was priced."""
         units = [g.units for g in self.analysis.groups]
         costs, most = [each.cost for each in limits], [each.limit for each in limits]
         together = Several(costs, most, [1.0] * len(costs))
         if self.method == "slimming":
             scores = [scales(info, self.analysis) for info in self.analysis.groups]
             return budget.global_threshold(scores, together, 1.0, choices)
-        if not measured:
+        if self.priced is None:
             return budget.uniform(units, together, 1.0, choices)
-        self.priced = self.priced or self.curves()
         return budget.allocate_within(self.priced, costs, most, choices)
 
     def curves(self) -> list[np.ndarray]:
@@ -163,8 +164,12 @@ class Chooser:
             self.kept[info.group.index] = self.rankings[info.group.index].kept(int(count))
 
     def sweep(self, counts: np.ndarray) -> Arrays:
-        """Choose and fit from reader to reader; returns new stored tensors in their original shapes."""
+        """Choose and fit from reader to reader; returns new stored tensors in their original shapes.
+
+        May be asked again with other counts: nothing is left of what was chosen before.
+        """
         self.errors.clear()
+        self.notes.clear()
         self.choose(counts)
         pending = self._chosen_on_the_way(counts)
         arrays: Arrays = {}

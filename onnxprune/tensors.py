@@ -13,9 +13,9 @@ import hashlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import onnx
@@ -188,15 +188,17 @@ class _Scratch:
         np.ascontiguousarray(array).tofile(target)
         return folder
 
-    def keep(self, result: object, model: onnx.ModelProto) -> None:
-        """Remove what the model does not refer to now, and the rest with the result."""
+    def keep(self, results: Sequence[object], models: Sequence[onnx.ModelProto]) -> None:
+        """Remove what the models do not refer to now, and the rest with the last of the results."""
         if self.folder is None:
             return
-        used = {_entries(t)["basepath"] for t in model.graph.initializer if is_outside(t)}
+        used = {_entries(t)["basepath"] for model in models for t in model.graph.initializer if is_outside(t)}
         for folder in self.folder.iterdir():
             if str(folder) not in used:
                 shutil.rmtree(folder, ignore_errors=True)
-        weakref.finalize(result, shutil.rmtree, self.folder, ignore_errors=True)
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        for result in results:
+            weakref.finalize(result, id, self)  # which holds this until the result goes
 
     def close(self) -> None:
         """Remove everything."""
@@ -212,7 +214,8 @@ _Result = TypeVar("_Result")
 def with_scratch(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
     """Give a function a place for the new values of tensors outside.
 
-    The files that ``model`` of its result refers to stay as long as the result does; the others go at the end.
+    The files that ``model`` of its result, or of each of a tuple of results, refers to stay as long as a result does;
+    the others go at the end.
     """
 
     @functools.wraps(function)
@@ -221,9 +224,10 @@ def with_scratch(function: Callable[_Given, _Result]) -> Callable[_Given, _Resul
         token = _CURRENT.set(scratch)
         try:
             result = function(*args, **kwargs)
-            model = getattr(result, "model", None)
-            if isinstance(model, onnx.ModelProto):
-                scratch.keep(result, model)
+            several: tuple[Any, ...] = result if isinstance(result, tuple) else (result,)
+            kept = [each for each in several if isinstance(getattr(each, "model", None), onnx.ModelProto)]
+            if kept:
+                scratch.keep(kept, [each.model for each in kept])
             else:
                 scratch.close()
             return result

@@ -1,0 +1,270 @@
+"""One member of a family: from the speed-up to the model that is written, and its report."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from onnxprune.biases import drop_biases
+from onnxprune.comparison import measure_fidelity
+from onnxprune.cost import Latency, measure_latency
+from onnxprune.errors import InputError, InternalError
+from onnxprune.files import write_model
+from onnxprune.plan import Plan, removed_positions
+from onnxprune.prepare import Cuttable, Prepared, measures
+from onnxprune.promise import MISSED, Timing
+from onnxprune.report import Achieved, DataEntry, GroupEntry, Measures, Report, Target
+from onnxprune.report.overview import frozen_entries
+from onnxprune.rewrite import rewrite
+from onnxprune.stopwatch import default_cache
+from onnxprune.targets import UNITS, Limit, Wanted, limits
+from onnxprune.tensors import digest, with_scratch
+from onnxprune.verify import Proof, prove
+
+SLACK = 1.05  # a speed-up of X is met by [X, 1.05 X]
+_NOT_IN_ITS_TYPES = (
+    "onnxruntime has no kernels for the types of this model: it was run, proven and compared in float32 copies, and"
+    " latency was not measured"
+)
+_FINISHED_AT_MOST = 3  # networks, where the first do not keep a promise about time
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A pruned model, with the report and the plan that led to it.
+
+    Where the original keeps tensors in files of their own, so does ``model``, in temporary ones that go with the
+    result: `save` puts them beside the model.
+    """
+
+    model: onnx.ModelProto
+    report: Report
+    plan: Plan
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the model, whole or not at all.
+
+        Raises:
+            InputError: the file exists and ``force`` is not given.
+        """
+        write_model(self.model, Path(path), force=force)
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """What one member has to meet: limits, the kept counts to choose from, and a promise about time."""
+
+    wanted: Wanted
+    limits: list[Limit]
+    choices: Sequence[np.ndarray]
+    timing: Timing | None
+
+
+def aim(prepared: Prepared, wanted: Wanted) -> Aim:
+    """See what can be reached, before any pass over the data.
+
+    Raises:
+        UnreachableTarget: the speed-up or a limit cannot be met, and that is not to be passed over.
+    """
+    settings, analysis, choices = prepared.settings, prepared.analysis, prepared.choices
+    before = prepared.before.counted()
+    found = limits(analysis, wanted, prepared.costs, before, choices, settings.best_effort)
+    if wanted.by != "latency":
+        return Aim(wanted, found, choices, None)
+    if prepared.runtime.as_float32:
+        raise InputError("onnxruntime has no kernels for the types of this model, so its latency cannot be measured")
+    cut = functools.partial(_cut, prepared.network)
+    timing = Timing(
+        analysis,
+        prepared.original,
+        prepared.deployed,
+        prepared.runtime,
+        wanted,
+        cut,
+        default_cache(),
+        prepared.progress,
+    )
+    return Aim(wanted, found, timing.measure(choices, settings.best_effort), timing)
+
+
+@with_scratch
+def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result:
+    """Allocate, choose, fit, prove, measure.
+
+    Args:
+        prepared: what all members start from; ranked.
+        goal: of this one.
+        shared: seconds of the stages that all members have in common.
+
+    Raises:
+        InternalError: the proof failed.
+    """
+    settings, analysis, chooser = prepared.settings, prepared.analysis, prepared.chooser
+    original, runtime, progress = prepared.original, prepared.runtime, prepared.progress
+    wanted, timing = goal.wanted, goal.timing
+    earlier = dict(progress.timings)
+
+    def allocate(found: list[Limit]) -> np.ndarray:
+        return chooser.allocate(found, goal.choices)
+
+    counts = np.empty(0, np.int64)
+    for _ in range(_FINISHED_AT_MOST):
+        before_that, counts = counts, timing.solve(allocate, goal.limits) if timing else allocate(goal.limits)
+        if np.array_equal(before_that, counts):
+            break
+        plan, pruned, proof = _cut_and_prove(prepared, counts)
+        if timing is None or timing.keeps_promise(pruned, counts):
+            break
+    warnings = list(prepared.warnings)
+    with progress.stage("measure"):
+        times: Sequence[Latency | None] = (None, None)
+        if runtime.as_float32:
+            warnings.append(_NOT_IN_ITS_TYPES)
+        else:
+            times = measure_latency([original, pruned], prepared.deployed, runtime)
+        fidelity = measure_fidelity(original, pruned, prepared.held_out, settings.batch_size or 32, runtime)
+        sample = prepared.calibration.feeds([0])
+        before, after = replace(prepared.before, latency_ms=times[0]), measures(pruned, sample, times[1])
+        achieved = Achieved.of(before, after)
+    entry = timing.entry() if timing else None
+    if entry is not None:
+        achieved = replace(achieved, latency=entry.measured.ratio)
+    warnings += [*chooser.notes, *_misses(wanted, achieved, after)]
+    data = prepared.calibration
+    report = Report(
+        target=Target(wanted.speedup, wanted.by),
+        limits=wanted.most,
+        before=before,
+        after=after,
+        achieved=achieved,
+        groups=tuple(
+            GroupEntry(
+                g.name, g.units, len(plan.kept[g.name]), g.producers, g.consumers, chooser.errors.get(g.group.index)
+            )
+            for g in analysis.groups
+        ),
+        frozen=frozen_entries(analysis),
+        prunable_macs=analysis.prunable_macs,
+        removed=_removed(prepared, plan),
+        proof=proof,
+        fidelity=fidelity,
+        data=DataEntry(data.source, len(data), data.digest, data.is_random),
+        seed=settings.seed,
+        timings=_own(shared, earlier, progress.timings),
+        versions=_versions(),
+        hashes={"model": plan.model, "pruned": digest(pruned), "data": data.digest},
+        warnings=tuple(warnings),
+        options={
+            "select": settings.select,
+            "reconstruct": settings.reconstruct,
+            "only": settings.only,
+            "exclude": settings.exclude,
+            "multiple": settings.multiple,
+            "samplers": settings.samplers,
+        },
+        latency=entry,
+    )
+    return Result(pruned, report, plan)
+
+
+# ------------------------------------------------------------------------------------------------------ the parts
+
+
+def _cut(network: Cuttable, counts: np.ndarray) -> onnx.ModelProto:
+    """The network with the first units of every group, which takes as long as with any others."""
+    kept = {g.name: tuple(range(int(n))) for g, n in zip(network.analysis.groups, counts, strict=True)}
+    return rewrite(network.analysis, Plan("", kept), copies=network.copies)
+
+
+def _cut_and_prove(prepared: Prepared, counts: np.ndarray) -> tuple[Plan, onnx.ModelProto, Proof]:
+    """Choose units, fit weights, prove the cut, and make the model."""
+    analysis, network, chooser = prepared.analysis, prepared.network, prepared.chooser
+    arrays: Mapping[str, np.ndarray] = {}
+    if prepared.settings.reconstruct:
+        arrays = chooser.sweep(counts)
+    else:
+        chooser.choose(counts)
+    names = {info.group.index: info.name for info in analysis.groups}
+    kept = {names[g]: tuple(int(i) for i in units) for g, units in sorted(chooser.kept.items())}
+    plan = Plan(digest(prepared.original), kept)
+    with chooser.progress.stage("prove"):
+        spare = [name for name in network.biases if name not in arrays]
+        sliced = rewrite(analysis, plan, copies=network.copies)
+        tried = [p.feeds for p in analysis.shapes.probes]
+        proof = prove(analysis, plan, sliced, tried, prepared.runtime)
+        pruned = rewrite(analysis, plan, arrays, network.copies)
+        drop_biases(pruned, spare)
+        _check_written(pruned, prepared.original)
+    return plan, pruned, proof
+
+
+def _misses(wanted: Wanted, achieved: Achieved, after: Measures) -> list[str]:
+    """What was asked for and not met on the files."""
+    found = []
+    ratio, unit = achieved.of_unit(wanted.by), UNITS[wanted.by]
+    tight = not wanted.most  # another limit may ask for more than the ratio does
+    low, high = wanted.speedup * (1 - (MISSED if wanted.by == "latency" else 1e-9)), wanted.speedup * SLACK
+    if ratio is not None and not (low <= ratio and (ratio <= high or not tight)):
+        found.append(f"asked for {wanted.speedup:g}x in {unit}, counted {ratio:.3g}x: the widths allow no closer")
+    for name, most in wanted.most.items():
+        if after.counted()[name] > most:
+            found.append(f"asked for at most {most:g} {UNITS[name]}, counted {after.counted()[name]:g}")
+    return found
+
+
+def _check_written(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
+    try:
+        onnx.checker.check_model(original)
+    except Exception:  # onnxruntime is more lenient than the checker; what it took before it may take again
+        return
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise InternalError(f"the pruned model does not pass onnx.checker: {error}") from error
+
+
+def _removed(prepared: Prepared, plan: Plan) -> dict[str, dict[int, tuple[int, ...]]]:
+    """Removed positions of stored tensors, by the names that the original has.
+
+    Of a tensor and its aliases (Identity) that lost different positions, all are named, if need be with nothing
+    removed: each stands for itself. A tensor that several operators read under one name and that was not cut alike for
+    all of them is left out: its name does not say what was removed.
+    """
+    analysis, original, network = prepared.analysis, prepared.graph, prepared.network
+    graph, known = analysis.graph, set(original.stored_names()) | original.computed_from_constants
+    found: dict[str, dict[int, tuple[int, ...]]] = {}
+    for (tensor, axis), gone in sorted(removed_positions(analysis, plan).items()):
+        if graph.is_stored(tensor) and tensor not in network.biases:
+            found.setdefault(tensor, {})[axis] = tuple(int(i) for i in gone)
+    for node in original.nodes:
+        alias, source = node.outputs[0], node.inputs[0] if node.inputs else ""
+        if node.op == "Identity" and graph.is_stored(alias) and found.get(alias) != found.get(source):
+            found.setdefault(alias, {})
+    uneven = {origin for copy, origin in network.copies.items() if found.get(copy) != found.get(origin)}
+    return {name: axes for name, axes in found.items() if name in known - uneven}
+
+
+def _own(shared: Mapping[str, float], earlier: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of the stages of one member: those of all before it are shared, those of other members left out."""
+    return {
+        name: shared.get(name, 0.0) + seconds - earlier.get(name, 0.0)
+        for name, seconds in now.items()
+        if name in shared or seconds > earlier.get(name, 0.0)
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("onnxprune", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "scipy", "scikit-learn"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,252 @@
+"""All of a run that does not depend on the speed-up: load, find the groups, collect, rank, price."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from onnxprune.analysis import Analysis, analyse
+from onnxprune.biases import add_biases
+from onnxprune.cost import Latency, params
+from onnxprune.costs import Cost
+from onnxprune.counting import count_model_macs, count_peak_memory, nominal_shapes
+from onnxprune.data import Calibration, InputSpec, Preprocessing, load_calibration
+from onnxprune.deployed import deployed_feeds
+from onnxprune.errors import InternalError
+from onnxprune.graph import Graph, read_model
+from onnxprune.groups import Kind, Seed
+from onnxprune.macs import uncounted
+from onnxprune.normalise import normalise
+from onnxprune.pipeline import Chooser
+from onnxprune.plan import Plan
+from onnxprune.probe import Feeds, probe
+from onnxprune.progress import Progress
+from onnxprune.report import Measures
+from onnxprune.rewrite import CannotRepair, rewrite
+from onnxprune.runtime import Runtime
+from onnxprune.samplers import samplable
+from onnxprune.selection import FROM_ACTIVATIONS
+from onnxprune.settings import Settings
+from onnxprune.targets import counted_costs, widths
+from onnxprune.tensors import size_of
+
+DEFAULT_SAMPLES = 2000
+_SAMPLING = {"macs", "params"}  # costs to which a sampler adds nothing
+_HELD_OUT_SHARE = 0.1
+_FEWEST_TO_SPLIT = 10
+_MOST_HELD_OUT = 500
+
+
+@dataclass(frozen=True, eq=False)
+class Cuttable:
+    """A network whose groups are known, every one of which can be cut.
+
+    Attributes:
+        analysis: of the normalised network.
+        copies: stored tensors that the written file holds only once: name here, name there.
+        biases: names of those that were added for a fit to fill.
+    """
+
+    analysis: Analysis
+    copies: Mapping[str, str]
+    biases: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A run up to where the speed-up comes in; nothing that follows changes it.
+
+    Attributes:
+        settings: what was asked for.
+        original: the model as it came.
+        graph: the same, as a graph.
+        network: the normalised network and its groups.
+        runtime: how to run.
+        calibration: the data.
+        held_out: the part that fidelity is judged by.
+        before: what the original costs.
+        deployed: inputs of the sizes that the model is used with.
+        costs: by name, of all that is limited.
+        choices: per group the kept counts to choose from.
+        chooser: ranks groups, prices widths, fits weights.
+        warnings: for the report.
+        progress: told of the stages.
+    """
+
+    settings: Settings
+    original: onnx.ModelProto
+    graph: Graph
+    network: Cuttable
+    runtime: Runtime
+    calibration: Calibration
+    held_out: Calibration
+    before: Measures
+    deployed: Mapping[str, np.ndarray]
+    costs: Mapping[str, Cost]
+    choices: list[np.ndarray]
+    chooser: Chooser
+    warnings: tuple[str, ...]
+    progress: Progress
+
+    @property
+    def analysis(self) -> Analysis:
+        """Of the normalised network."""
+        return self.network.analysis
+
+    def gather(self) -> None:
+        """Collect, rank and price, all that costs passes over the data."""
+        settings, chooser = self.settings, self.chooser
+        measured = settings.reconstruct or settings.select in FROM_ACTIVATIONS
+        if measured:
+            chooser.collect()
+        chooser.rank()
+        if measured:
+            chooser.price()
+
+
+def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: Progress) -> Prepared:
+    """Read model and data and find the groups.
+
+    Raises:
+        InputError: the model, the data or an option cannot be used.
+    """
+    runtime = Runtime(settings.provider, settings.threads)
+    with progress.stage("load"):
+        path = None if isinstance(model, onnx.ModelProto) else Path(model)
+        original = model if isinstance(model, onnx.ModelProto) else read_model(Path(model))
+        runtime = runtime.suited(original)
+        graph = Graph(original, path.parent if path else None)
+        calibration = _load(graph, path, settings, runtime)
+        fit_data, held_out = _split(calibration)
+    with progress.stage("groups"):
+        costly = {settings.by, *settings.most}
+        sampling = settings.samplers and settings.select in FROM_ACTIVATIONS and costly <= _SAMPLING
+        network = cuttable(graph, runtime, calibration, settings.reconstruct, settings.only, settings.exclude, sampling)
+    analysis = network.analysis
+    sample = calibration.feeds([0])
+    return Prepared(
+        settings,
+        original,
+        graph,
+        network,
+        runtime,
+        calibration,
+        held_out,
+        measures(original, sample),
+        deployed_feeds(graph.inputs, sample, settings.shapes, settings.batch),
+        counted_costs(analysis, costly, network.copies),
+        widths(analysis, settings.multiple),
+        Chooser(analysis, fit_data, runtime, progress, settings.select, settings.seed, settings.batch_size),
+        tuple(_warnings(analysis, calibration, settings)),
+        progress,
+    )
+
+
+def measures(model: onnx.ModelProto, batch: Mapping[str, np.ndarray], latency: Latency | None = None) -> Measures:
+    """What a model costs on a batch."""
+    macs, memory = count_model_macs(model, batch), count_peak_memory(model, batch)
+    return Measures(macs, params(model), size_of(model), latency, memory)
+
+
+# ------------------------------------------------------------------------------------------------------- the data
+
+
+def _load(graph: Graph, path: Path | None, settings: Settings, runtime: Runtime) -> Calibration:
+    calibration = load_calibration(
+        settings.data,
+        graph.inputs,
+        model_path=path,
+        samples=settings.samples or DEFAULT_SAMPLES,
+        seed=settings.seed,
+        preprocessing=settings.preprocessing or Preprocessing(),
+    )
+    if calibration.is_random:  # at sizes that the model is known to run at
+        sizes = _of_one_sample(graph, [p.feeds for p in probe(graph, runtime, seed=settings.seed).probes])
+        return load_calibration(None, graph.inputs, samples=settings.samples, seed=settings.seed, dynamic=sizes)
+    return calibration
+
+
+def _split(calibration: Calibration) -> tuple[Calibration, Calibration]:
+    """Records to fit on, and held-out ones to judge by; too few to part serve as both."""
+    count = min(int(len(calibration) * _HELD_OUT_SHARE), _MOST_HELD_OUT)
+    return calibration.split(count) if count else (calibration, calibration)
+
+
+def _of_one_sample(graph: Graph, feeds: Sequence[Feeds]) -> dict[str, tuple[int, ...]]:
+    """Sizes of the inputs for one sample, from sizes at which the model is known to run.
+
+    The batch is the first axis where that is dynamic, and every other dynamic axis that is always as long (the second
+    one of a recurrent state).
+    """
+    batches = {tuple(f[spec.name].shape[0] for f in feeds) for spec in graph.inputs if spec.shape[:1] == (None,)}
+    several = len(feeds) > 1  # at one size alone, alike may be by chance
+
+    def size(spec: InputSpec, axis: int) -> int:
+        found = tuple(f[spec.name].shape[axis] for f in feeds)
+        is_batch = axis == 0 or (several and found in batches)
+        return 1 if spec.shape[axis] is None and is_batch else found[0]
+
+    return {spec.name: tuple(size(spec, axis) for axis in range(len(spec.shape))) for spec in graph.inputs}
+
+
+def _warnings(analysis: Analysis, calibration: Calibration, settings: Settings) -> list[str]:
+    found = list(calibration.warnings)
+    if hidden := uncounted(analysis.graph.model):
+        found.append(f"{hidden} layers in bodies of If, Loop or Scan stay as they are, and are not counted")
+    if len(calibration) < _FEWEST_TO_SPLIT:
+        found.append(f"only {len(calibration)} samples: fidelity is measured on those that the weights were fitted to")
+    if settings.reconstruct:
+        found += _quantised(analysis)
+    return found
+
+
+def _quantised(analysis: Analysis) -> list[str]:
+    """A word on layers whose weights are integers: sliced exactly, and not fitted."""
+    scaled = {name for n in analysis.graph.nodes if n.op == "DequantizeLinear" for name in n.outputs}
+    readers = {name for info in analysis.groups for name in info.consumers}
+    count = len({n.index for n in analysis.graph.nodes if n.label in readers and scaled & set(n.inputs[1:2])})
+    said = "read quantised weights: their channels are taken out exactly, and nothing is fitted again there"
+    return [f"{count} layer{'s' if count > 1 else ''} {said}"] if count else []
+
+
+# ------------------------------------------------------------------------------------------------------ the groups
+
+
+def cuttable(
+    graph: Graph,
+    runtime: Runtime,
+    calibration: Calibration | None,
+    reconstruct: bool,
+    only: str | None,
+    exclude: str | None,
+    sampling: bool = False,
+) -> Cuttable:
+    """Normalise, find shapes and groups; sizes that cannot be repaired freeze their axes."""
+    model, copies = normalise(graph, runtime)
+    biases = add_biases(model) if reconstruct else []
+    graph = Graph(model, graph.folder)
+    batch = None
+    if calibration is not None:
+        batch = calibration.feeds(list(range(min(3, len(calibration)))) if calibration.batchable else [0])
+    shapes = probe(graph, runtime, batch)
+    one = calibration.feeds([0]) if calibration is not None else None
+    nominal = nominal_shapes(graph, runtime, one)
+    seeds: tuple[Seed, ...] = ()
+    while True:
+        analysis = analyse(graph, shapes, nominal, only, exclude, seeds)
+        sampled = samplable(analysis) if sampling else frozenset()
+        if sampled:
+            analysis = analyse(graph, shapes, nominal, only, exclude, seeds, sampled)
+        half = {g.name: tuple(range(max(g.units // 2, 1))) for g in analysis.groups}
+        try:
+            rewrite(analysis, Plan("", half))
+            return Cuttable(analysis, copies, tuple(biases))
+        except CannotRepair as error:
+            more = tuple(Seed(Kind.STATED, str(error), error.node, error.op, error.tensor, axis) for axis in error.axes)
+            if not set(more) - set(seeds):
+                raise InternalError(f"freezing did not help: {error}") from error
+            seeds += more

@@ -1,0 +1,61 @@
+"""Everything that a run may be told, besides the model and the speed-up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from onnxprune.errors import InputError
+from onnxprune.images import Preprocessing
+from onnxprune.selection import METHODS
+from onnxprune.targets import multiple_of
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """The options of `onnxprune.prune`, which says what each of them means.
+
+    Raises:
+        InputError: one of them cannot be used, whatever the model.
+    """
+
+    by: str = "macs"
+    max_macs: float | None = None
+    max_params: float | None = None
+    max_memory: float | None = None
+    round_to: int | str | None = None
+    target: str | None = None
+    shapes: Mapping[str, Sequence[int]] | None = None
+    batch: int | None = None
+    data: object = None
+    samples: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    threads: int = 0
+    provider: str = "cpu"
+    select: str = "greedy"
+    reconstruct: bool = True
+    only: str | None = None
+    exclude: str | None = None
+    samplers: bool = True
+    best_effort: bool = False
+    preprocessing: Preprocessing | None = None
+
+    def __post_init__(self) -> None:
+        if self.select not in METHODS:
+            raise InputError(f"unknown selection {self.select!r}; expected one of {', '.join(METHODS)}")
+        for name, value in (("samples", self.samples), ("batch size", self.batch_size)):
+            if value is not None and value < 1:
+                raise InputError(f"expected a number of {name} of at least 1, found {value}")
+        multiple_of(self.round_to, self.target)
+
+    @property
+    def most(self) -> dict[str, float]:
+        """Limits besides the speed-up, by the names that costs have."""
+        given = {"macs": self.max_macs, "params": self.max_params, "memory": self.max_memory}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def multiple(self) -> int:
+        """What kept channels are to be a multiple of."""
+        return multiple_of(self.round_to, self.target)
