@@ -29,6 +29,7 @@ PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "coreml", "dml")
 BUDGETS = ("macs", "params", "memory", "latency")
 SELECTIONS = ("greedy", "lasso", "l1", "slimming", "random")
 INTERRUPTED = 130
+_PLACEHOLDER = "{speedup}"  # in names of files
 
 _Group: type[click.Group] = DefaultGroup
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -51,12 +52,18 @@ def _number(value: object) -> float:
         raise click.BadParameter(f"expected a number such as 1/255, found {value!r}.") from None
 
 
-def _ratio(value: object) -> float:
-    with contextlib.suppress(ValueError):
-        number = float(str(value))
-        if 1 < number < math.inf:
-            return number
-    raise click.BadParameter(f"expected a finite number above 1, found '{value}'; try 2.")
+def _ratios(value: object) -> tuple[float, ...]:
+    numbers = []
+    for part in str(value).split(","):
+        with contextlib.suppress(ValueError):
+            if 1 < float(part) < math.inf:
+                numbers.append(float(part))
+                continue
+        raise click.BadParameter(f"expected a finite number above 1, found '{part}'; try 2, or 1.5,2,3.")
+    names = [f"{number:g}" for number in numbers]  # as in the names of files
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise click.BadParameter(f"expected every speed-up once, found {min(twice)} again; give it once.")
+    return tuple(numbers)
 
 
 def _count(value: object) -> float:
@@ -168,7 +175,14 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model", type=_FILE)
-@click.option("--speedup", type=_ratio, default=2.0, metavar="X", help="Cost before / cost after (default 2).")
+@click.option(
+    "--speedup",
+    "speedups",
+    type=_ratios,
+    default="2",
+    metavar="X[,X…]",
+    help="Cost before / cost after (default 2); of several, a model each is made from one pass over the data.",
+)
 @click.option(
     "--by",
     type=click.Choice(BUDGETS),
@@ -190,9 +204,16 @@ def cli() -> None:
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Deployed batch, for latency.")
 @click.option("--round-to", type=_multiple, metavar="N|auto", help="Keep multiples of N channels, or whole groups.")
 @click.option("--target", metavar="NAME", help="Round to what suits a target: cpu-avx512, tensorrt, hexagon, …")
-@click.option("-o", "--output", type=_FILE, metavar="FILE", help="Default: MODEL.pruned.onnx beside the model.")
+@click.option(
+    "-o",
+    "--output",
+    type=_FILE,
+    metavar="FILE",
+    help="Default: MODEL.pruned.onnx beside the model. For several speed-ups a folder, or a name with {speedup} in it;"
+    " default: MODEL.pruned-1.5x.onnx and so on.",
+)
 @click.option("--force", is_flag=True, help="Replace files that exist.")
-@click.option("--report", "report_path", type=_FILE, metavar="FILE.json", help="Write the report here.")
+@click.option("--report", "report_path", type=_FILE, metavar="FILE.json", help="Write the report here; several as -o.")
 @_data
 @_sampling
 @_threads
@@ -213,6 +234,7 @@ def cli() -> None:
 @_talk
 def prune(
     model: Path,
+    speedups: tuple[float, ...],
     output: Path | None,
     force: bool,
     report_path: Path | None,
@@ -229,42 +251,50 @@ def prune(
     Example: onnxprune model.onnx --speedup 2 --data images/ --report report.json
     """
     _check_talk(quiet, verbose)
-    output = output or model.with_name(f"{model.name.removesuffix('.onnx')}.pruned.onnx")
+    outputs = _places(output, model, speedups, "-o", ".onnx")
+    reports = _places(report_path, model, speedups, "--report", ".json") if report_path is not None else []
     if model.is_file():  # what is wrong with the model itself is said first, by who reads it
         sources = {"the model": model, **({"the calibration data": Path(data)} if data else {})}
-        check_output(output, "output", "-o", sources, force)
-        if report_path is not None:
-            check_output(report_path, "report", "--report", {**sources, "the output": output}, force)
+        for place in outputs:
+            check_output(place, "output", "-o", sources, force)
+        for place in reports:
+            taken = {"the output": next((o for o in outputs if o.absolute() == place.absolute()), outputs[0])}
+            check_output(place, "report", "--report", {**sources, **taken}, force)
     preprocessing = _take_preprocessing(options)
     from onnxprune import api
-    from onnxprune.files import write_bytes
-    from onnxprune.report import to_json
+    from onnxprune.files import Together, write_model
+    from onnxprune.report import family_to_json, to_json
 
     with _progress(quiet) as progress:
-        options |= {"preprocessing": preprocessing, "progress": progress, "shapes": dict(options["shapes"])}
-        result = api.prune(model, data=data, reconstruct=not no_reconstruct, **options)
-    before = report_path.read_bytes() if report_path is not None and report_path.is_file() else None
-    if report_path is not None:
-        with _writing(report_path):
-            write_bytes(f"{result.report.to_json()}\n".encode(), report_path)
-    try:
-        with _writing(output):
-            result.save(output, force=force)
-    except BaseException:
-        if report_path is not None:  # both or none; a report that stood there before comes back
-            if before is None:
-                report_path.unlink(missing_ok=True)
-            else:
-                write_bytes(before, report_path)
-        raise
-    _warn(result.report.warnings, quiet)
-    if as_json:
-        click.echo(to_json(result.report, output=str(output)))
+        options |= {"preprocessing": preprocessing, "shapes": dict(options["shapes"])}
+        results = api.prune_family(
+            model, speedups, progress=progress, data=data, reconstruct=not no_reconstruct, **options
+        )
+    with _writing() as writing, Together() as files:
+        for result, path in zip(results, reports, strict=False):
+            writing(path)
+            with files.open(path) as file:
+                file.write(f"{result.report.to_json()}\n".encode())
+        for result, path in zip(results, outputs, strict=True):
+            writing(path)
+            write_model(result.model, path, force=force, files=files)
+    for warning in dict.fromkeys(w for result in results for w in result.report.warnings):
+        _warn([warning], quiet)
+    written = [str(path) for path in outputs]
+    if as_json and len(results) == 1:
+        click.echo(to_json(results[0].report, output=written[0]))
+    elif as_json:
+        click.echo(family_to_json([result.report for result in results], written))
     elif not quiet:
         from onnxprune.report import text
 
-        text.show_report(result.report, text.console(sys.stdout), verbose=verbose)
-        click.echo(f"written: {output}")
+        out = text.console(sys.stdout)
+        if len(results) == 1:
+            text.show_report(results[0].report, out, verbose=verbose)
+        else:
+            text.show_family([result.report for result in results], out, verbose=verbose)
+        for name in written:
+            click.echo(f"written: {name}")
 
 
 @cli.command()
@@ -339,6 +369,27 @@ def compare(a: Path, b: Path, data: str | None, as_json: bool, quiet: bool, verb
 # --------------------------------------------------------------------------------------------- helpers
 
 
+def _places(given: Path | None, model: Path, speedups: Sequence[float], option: str, suffix: str) -> list[Path]:
+    """Where the files of every speed-up go.
+
+    Raises:
+        InputError: one name is given for several.
+    """
+    stem = f"{model.name.removesuffix('.onnx')}.pruned"
+    if len(speedups) > 1:
+        stem += f"-{_PLACEHOLDER}x"
+    template = given or model.with_name(f"{stem}{suffix}")
+    if len(speedups) > 1 and _PLACEHOLDER not in str(template):
+        if not template.is_dir():
+            example = template.with_name(f"{template.stem}-{_PLACEHOLDER}x{template.suffix}")
+            raise InputError(
+                f"{option} {template} names one file for {len(speedups)} speed-ups; try {example}, or a folder that"
+                " exists"
+            )
+        template = template / f"{stem}{suffix}"
+    return [Path(str(template).replace(_PLACEHOLDER, f"{speedup:g}")) for speedup in speedups]
+
+
 def check_output(path: Path, what: str, option: str, sources: dict[str, Path], force: bool) -> None:
     """Refuse, before any work is done, a place that nothing can or may be written to.
 
@@ -369,11 +420,13 @@ def check_output(path: Path, what: str, option: str, sources: dict[str, Path], f
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing() -> Iterator[Callable[[Path], None]]:
+    """Names the file in an error of the system's; told which one is written now."""
+    now: list[Path] = []
     try:
-        yield
+        yield now.append
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); nothing was written") from error
+        raise InputError(f"{now[-1]} cannot be written ({error.strerror or error}); nothing was written") from error
 
 
 def _take_preprocessing(options: dict[str, Any]) -> Preprocessing:

@@ -13,7 +13,7 @@ import hashlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -261,18 +261,20 @@ def stored(array: np.ndarray, like: onnx.TensorProto) -> onnx.TensorProto:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def layout(model: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, dict[Path, list[np.ndarray]]]:
+def layout(
+    model: onnx.ModelProto, path: Path, taken: Collection[Path] = ()
+) -> tuple[onnx.ModelProto, dict[Path, list[np.ndarray]]]:
     """The message to write, and what goes into files beside it, each value aligned.
 
     Tensors that were outside go to files of the same names beside the new one, or to one named after it where those are
-    the files that they come from.
+    the files that they come from, or places that are ``taken``.
     """
     small, values = detached(model)
     if not values:
         return model, {}
     origin = {t.name: t for t in model.graph.initializer}
     outside = [_entries(t) for t in model.graph.initializer if is_outside(t)]
-    taken = {(Path(e.get("origin", e["basepath"])) / e["location"]).resolve() for e in outside}
+    taken = {*taken, *((Path(e.get("origin", e["basepath"])) / e["location"]).resolve() for e in outside)}
     files: dict[Path, list[np.ndarray]] = {}
     ends: dict[Path, int] = {}
     for tensor in small.graph.initializer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +17,17 @@ from builder import RUNTIME, Builder, analysed, run, shapes_of
 from onnx import numpy_helper
 
 import onnxprune
-from onnxprune.api import Result, analyze, count_model_macs, prune
+from onnxprune.api import Result, analyze, count_model_macs, prune, prune_family
 from onnxprune.cost import params
 from onnxprune.data import load_calibration
 from onnxprune.errors import InputError, UnreachableTarget
 from onnxprune.graph import Graph, read_model
+from onnxprune.pipeline import Chooser
 from onnxprune.plan import Plan
 from onnxprune.report import Report
 from onnxprune.rewrite import rewrite
 from onnxprune.runtime import expose
+from onnxprune.settings import Settings
 from onnxprune.tensors import digest
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -428,6 +432,46 @@ def test_kinds_of_graphs_are_pruned_and_fitted(kind: Callable[[], onnx.ModelProt
         found = run(result.model, {spec.name: x})[0]
         errors.append(float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
     assert errors[0] < errors[1]
+
+
+def test_members_of_a_family_are_those_that_are_made_alone() -> None:
+    data = np.random.default_rng(0).standard_normal((40, 3, 8, 8)).astype(np.float32)
+    speedups, options = (3.0, 1.5), {"data": data, "threads": 1}
+    family = prune_family(separable(), speedups, **options)
+    for speedup, member in zip(speedups, family, strict=True):
+        alone = prune(separable(), speedup=speedup, **options)
+        assert member.model.SerializeToString() == alone.model.SerializeToString()
+        assert member.plan == alone.plan
+        assert member.report.target.speedup == speedup
+        assert member.report.groups == alone.report.groups
+        assert set(member.report.timings) == set(alone.report.timings)
+
+
+def test_a_family_collects_once_and_stops_before_that_where_a_member_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes = []
+    monkeypatch.setattr(Chooser, "collect", lambda self: passes.append(1))
+    data = np.random.default_rng(0).standard_normal((40, 3, 8, 8)).astype(np.float32)
+    with pytest.raises(UnreachableTarget, match=r"a speed-up of 1e\+06 cannot be reached"):
+        prune_family(chain(), [2.0, 1e6], data=data, threads=1)
+    assert not passes
+    options: dict[str, Any] = {"data": data, "threads": 1, "best_effort": True, "reconstruct": False}
+    members = prune_family(chain(), [2.0, 1e6], select="l1", **options)
+    assert 2.0 <= members[0].report.achieved.macs < 2.2 < members[1].report.achieved.macs
+    assert any("asked for 1e+06x" in warning for warning in members[1].report.warnings)
+
+
+@pytest.mark.parametrize("speedups", [[], [2.0, 2], [1.0, 2.0], ["2"]])
+def test_speedups_that_make_no_family(speedups: list[Any]) -> None:
+    with pytest.raises(InputError, match="speed-up"):
+        prune_family(chain(), speedups)
+
+
+def test_what_prune_may_be_told_are_the_settings() -> None:
+    parameters = inspect.signature(prune).parameters
+    given = {n: p.default for n, p in parameters.items() if n not in ("model", "speedup", "progress")}
+    assert given == {field.name: field.default for field in dataclasses.fields(Settings)}
 
 
 def test_a_bias_is_added_only_where_it_was_fitted() -> None:

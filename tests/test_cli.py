@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from onnxprune import api, runtime
+from onnxprune import api, files, runtime
 from onnxprune.cli import PROVIDERS, main
 from onnxprune.errors import InternalError
 from onnxprune.report import Report
@@ -165,6 +165,9 @@ REFUSED = [
     (f"{GOOD} --speedup nan", 2, "expected a finite number above 1"),
     (f"{GOOD} --speedup inf", 2, "expected a finite number above 1"),
     (f"{GOOD} --speedup two", 2, "expected a finite number above 1"),
+    (f"{GOOD} --speedup 2,", 2, "expected a finite number above 1"),
+    (f"{GOOD} --speedup 1.5,x", 2, "found 'x'"),
+    (f"{GOOD} --speedup 2,1.5,2.0", 2, "every speed-up once, found 2 again"),
     (f"{GOOD} --only (", 2, "not a regular expression"),
     (f"{GOOD} --exclude [", 2, "not a regular expression"),
     (f"{GOOD} --only nolayer", 2, "matches no layer"),
@@ -204,7 +207,11 @@ REFUSED = [
     (f"{GOOD} --report nowhere/report.json", 2, "there is no folder nowhere"),
     (f"{GOOD} --report model.onnx --force", 2, "is the model itself"),
     (f"{GOOD} -o out.onnx --report out.onnx", 2, "is the output itself"),
+    (f"{GOOD} --speedup 1.5,2 -o out.onnx", 2, "one file for 2 speed-ups; try out-{speedup}x.onnx"),
+    (f"{GOOD} --speedup 1.5,2 --report out.json", 2, "one file for 2 speed-ups; try out-{speedup}x.json"),
+    (f"{GOOD} --speedup 1.5,2 -o out{{speedup}} --report out{{speedup}}", 2, "is the output itself"),
     # the target
+    (f"{GOOD} --speedup 2,100000", 3, "a speed-up of 100000 cannot be reached"),
     (f"{GOOD} --speedup 100000", 3, "reach"),
     ("fixed.onnx --speedup 1.5", 3, "reach"),
 ]
@@ -232,15 +239,86 @@ def test_folder_without_the_right_to_write(folder, capsys, monkeypatch, option):
     assert "cannot be written (Permission denied)" in capsys.readouterr().err
 
 
-def test_output_that_fails_at_the_end_leaves_nothing(folder, capsys, monkeypatch):
-    def full(self, path, *, force=False):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("speedup", ["2", "1.5,2,3"])
+def test_output_that_fails_at_the_end_leaves_nothing(folder, capsys, monkeypatch, speedup):
+    def full(model, path, **_):
+        if "2" in path.name:  # members before it are written by then
+            raise OSError(28, "No space left on device")
+        real(model, path, **_)
 
-    monkeypatch.setattr(api.Result, "save", full)
+    real = files.write_model
+    monkeypatch.setattr(files, "write_model", full)
     before = listing(folder)
-    assert main([*GOOD.split(), "-o", "out.onnx", "--report", "out.json"]) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    places = ["-o", "out{speedup}.onnx", "--report", "out{speedup}.json"]
+    assert main([*GOOD.split(), *places, "--select", "l1", "--no-reconstruct", "--speedup", speedup]) == 2
+    assert "out2.onnx cannot be written (No space left on device); nothing was written" in capsys.readouterr().err
     assert listing(folder) == before
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_files_that_appear_together_come_all_or_none(tmp_path, monkeypatch, failing):
+    places = [tmp_path / name for name in ("old", "new", "older")]
+    for place in (places[0], places[2]):
+        place.write_text("precious")
+    real, before = Path.replace, listing(tmp_path)
+
+    def refuse(self, target):
+        if Path(target) == places[failing] and not self.name.endswith(".before"):
+            raise OSError(1, "no")
+        return real(self, target)
+
+    def write():
+        with files.Together() as together:
+            for place in places:
+                with together.open(place) as file:
+                    file.write(b"new")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="no"):
+        write()
+    assert listing(tmp_path) == before
+    monkeypatch.undo()
+    write()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(("old", "new", "older"), "new")
+
+
+FAMILY = f"{GOOD} --select l1 --no-reconstruct --speedup 1.5,2,3"
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ("", "model.pruned-{}x.onnx"),
+        ("-o nothing", "nothing/model.pruned-{}x.onnx"),
+        ("-o nothing/a{speedup}.onnx", "nothing/a{}.onnx"),
+        ("-o existing{speedup}.onnx --report r{speedup}.json", "existing{}.onnx r{}.json"),
+        ("--report nothing", "model.pruned-{}x.onnx nothing/model.pruned-{}x.json"),
+    ],
+)
+def test_names_of_a_family(folder, capsys, options, names):
+    before = set(listing(folder))
+    assert main(f"{FAMILY} {options}".split()) == 0
+    expected = {name.format(x) for name in names.split() for x in ("1.5", "2", "3")}
+    assert set(listing(folder)) - before == expected
+    macs = [api.count_model_macs(onnx.load(name)) for name in sorted(expected) if name.endswith("onnx")]
+    whole = api.count_model_macs(build())
+    assert all(x <= whole / m <= 1.1 * x for x, m in zip((1.5, 2, 3), macs, strict=True))
+    out, err = capsys.readouterr()
+    assert err == ""
+    for word in ("asked", "1.5x", "2x", "3x", "original", "MACs", "parameters", "latency", "alike"):
+        assert word in out
+    assert out.count("written: ") == 3
+
+
+def test_a_family_as_json(folder, capsys):
+    assert main(f"{FAMILY} --json".split()) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [member["target"]["speedup"] for member in found["members"]] == [1.5, 2, 3]
+    assert [member["output"] for member in found["members"]] == [f"model.pruned-{x}x.onnx" for x in ("1.5", "2", "3")]
+    reports = [Report.from_json(json.dumps(member)) for member in found["members"]]
+    assert all(report.proof.max_relative_difference < 1e-4 for report in reports)
+    assert err == ""
 
 
 def test_default_output_stands_beside_the_model(folder, capsys):
@@ -356,7 +434,7 @@ def test_faults_of_our_own(folder, capsys, monkeypatch, error, status, fragment,
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(api, "prune", fail)
+    monkeypatch.setattr(api, "prune_family", fail)
     before = listing(folder)
     assert main([*GOOD.split(), *(["--verbose"] if verbose else [])]) == status
     out, err = capsys.readouterr()
@@ -416,6 +494,6 @@ def test_a_report_that_stood_there_comes_back_when_the_model_cannot_be_written(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "model.pruned.onnx")
 
-    monkeypatch.setattr("onnxprune.api.Result.save", fail)
+    monkeypatch.setattr(files, "write_model", fail)
     assert main(["model.onnx", "--report", "old.json", "--force"]) == 2
     assert (folder / "old.json").read_text() == "precious"

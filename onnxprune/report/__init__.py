@@ -7,7 +7,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "Proof",
     "Report",
     "Target",
+    "family_to_json",
     "plain",
     "to_json",
 ]
@@ -206,7 +207,7 @@ def plain(value: Any) -> Any:
 
 
 def to_json(value: Any, **more: str) -> str:
-    """A dataclass as a JSON object with a line for each key and each entry; ``more`` keys come first."""
+    """A dataclass or a mapping as a JSON object with a line for each key and each entry; ``more`` keys come first."""
     lines = []
     for key, item in {**more, **plain(value)}.items():
         if isinstance(item, list) and any(isinstance(entry, dict) for entry in item):
@@ -215,6 +216,12 @@ def to_json(value: Any, **more: str) -> str:
         else:
             lines.append(f" {json.dumps(key)}: {json.dumps(item, allow_nan=False)}")
     return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def family_to_json(reports: Sequence[Report], outputs: Sequence[str]) -> str:
+    """The reports of several speed-ups as one JSON object, each with the name of its file."""
+    members = [{"output": output, **plain(report)} for report, output in zip(reports, outputs, strict=True)]
+    return to_json({"members": members}, schema_version=SCHEMA_VERSION)
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:

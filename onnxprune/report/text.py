@@ -165,6 +165,43 @@ def show_report(report: Report, out: Console, *, verbose: bool = False) -> None:
         out.print(table)
 
 
+def show_family(reports: Sequence[Report], out: Console, *, verbose: bool = False) -> None:
+    """What every speed-up costs and keeps, beside the original."""
+    for report in reports if verbose else ():
+        _line(out, f"asked for {report.target.speedup:g}x in {report.target.by}:")
+        show_report(report, out, verbose=True)
+    by, before = reports[0].target.by, reports[0].before
+    table = _table("asked", f">{by}", ">MACs", ">parameters", ">latency", ">ratio", ">alike")
+    table.add_row("original", "", quantity(before.macs), quantity(before.params), latency(before.latency_ms), "", "")
+    for report in reports:
+        after, got = report.after, report.achieved
+        table.add_row(
+            f"{report.target.speedup:g}x",
+            _times(got.of_unit(by)),
+            quantity(after.macs),
+            quantity(after.params),
+            latency(after.latency_ms),
+            _times(got.latency),
+            alike(report.fidelity),
+        )
+    out.print(table)
+    _line(out, "alike: samples with the same top-1 class as the original, else the relative error of the first output.")
+    _line(out, _DIFFERENT)
+
+
+def alike(found: Fidelity | None) -> str:
+    """How alike two models are, in one word."""
+    if found is None:
+        return "not measured"
+    if found.agreement is not None:
+        return percent(found.agreement)
+    return next((f"error {value:.2g}" for value in found.relative_error.values()), "")
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
 def show_overview(found: Overview, out: Console, *, verbose: bool = False) -> None:
     """What may be pruned, what not, and why."""
     if found.groups:
