@@ -304,7 +304,7 @@ def test_names_of_a_family(folder, capsys, options, names):
     whole = api.count_model_macs(build())
     assert all(x <= whole / m <= 1.1 * x for x, m in zip((1.5, 2, 3), macs, strict=True))
     out, err = capsys.readouterr()
-    assert err == ""
+    assert all("allow no closer" in line for line in err.splitlines())
     for word in ("asked", "1.5x", "2x", "3x", "original", "MACs", "parameters", "latency", "alike"):
         assert word in out
     assert out.count("written: ") == 3
@@ -318,7 +318,7 @@ def test_a_family_as_json(folder, capsys):
     assert [member["output"] for member in found["members"]] == [f"model.pruned-{x}x.onnx" for x in ("1.5", "2", "3")]
     reports = [Report.from_json(json.dumps(member)) for member in found["members"]]
     assert all(report.proof.max_relative_difference < 1e-4 for report in reports)
-    assert err == ""
+    assert all("allow no closer" in line for line in err.splitlines())
 
 
 def test_default_output_stands_beside_the_model(folder, capsys):
