@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -68,11 +68,13 @@ class Analysis:
     layers: tuple[Layer, ...]
     nominal: Shapes  # sizes at which costs are counted
     sampled: frozenset[int] = frozenset()  # indices of the convolutions that choose among the channels they read
+    # indices of the nodes that may take a statistic of fewer channels, with the letters of their relations
+    approximate: Mapping[int, frozenset[str]] = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> frozenset[str]:
         """Tensors in which zeros silence a channel: what layers, normalisations and biases take from the file."""
-        return silencing(self.graph)
+        return silencing(self.graph, statistics=bool(self.approximate))
 
     @cached_property
     def macs(self) -> float:
@@ -235,6 +237,7 @@ def analyse(
     exclude: str | None = None,
     extra_seeds: tuple[Seed, ...] = (),
     sampled: frozenset[int] = frozenset(),
+    approximate: bool = False,
 ) -> Analysis:
     """Find the groups of a (normalised) model.
 
@@ -246,6 +249,7 @@ def analyse(
         exclude: regular expression; these layers keep their output channels.
         extra_seeds: axes to freeze besides.
         sampled: indices of convolutions with a channel sampler in front: what they read keeps its width.
+        approximate: let normalised axes shrink, whose statistics are then taken of the channels that are left.
     """
     nominal = nominal or shapes
     known = {
@@ -276,11 +280,11 @@ def analyse(
         for place in term.axes:
             if place[0] in known:
                 weights[place] = weights.get(place, 0.0) + macs
-    coupling = couple(known, statements, seeds, weights)
+    coupling = couple(known, statements, seeds, weights, approximate)
     layers = tuple(layer for node in graph.nodes if (layer := layer_of(node, graph)) is not None)
     groups = _named(coupling, graph, statements)
     frozen = _frozen(coupling, graph, statements, terms, nominal)
-    return Analysis(graph, shapes, statements, groups, frozen, terms, layers, nominal, sampled)
+    return Analysis(graph, shapes, statements, groups, frozen, terms, layers, nominal, sampled, coupling.approximate)
 
 
 def _sampling(statement: Statement) -> Statement:

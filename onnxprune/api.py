@@ -59,6 +59,7 @@ def prune(
     only: str | None = None,
     exclude: str | None = None,
     samplers: bool = True,
+    approximate: bool = False,
     best_effort: bool = False,
     preprocessing: Preprocessing | None = None,
     progress: Progress | None = None,
@@ -91,6 +92,8 @@ def prune(
         samplers: let convolutions at the entry of residual blocks choose the channels they read (a Gather in front),
             where channels are chosen by activations and cost is counted in macs or params; else the stream that all
             blocks share is cut.
+        approximate: let normalised axes shrink, too (the hidden width of transformers): the mean and variance are then
+            taken of the channels that are left, so that the cut alone changes what the model computes.
         best_effort: go as far as possible where the speed-up cannot be reached.
         preprocessing: how uint8 images become the model's input.
         progress: receives the stages.
@@ -120,6 +123,7 @@ def prune(
         only=only,
         exclude=exclude,
         samplers=samplers,
+        approximate=approximate,
         best_effort=best_effort,
         preprocessing=preprocessing,
     )
@@ -175,6 +179,7 @@ def analyze(
     data: object = None,
     only: str | None = None,
     exclude: str | None = None,
+    approximate: bool = False,
     threads: int = 0,
     preprocessing: Preprocessing | None = None,
 ) -> Inspection:
@@ -187,7 +192,7 @@ def analyze(
     calibration = None
     if data is not None:
         calibration = load_calibration(data, graph.inputs, samples=4, preprocessing=preprocessing or Preprocessing())
-    analysis = cuttable(graph, runtime, calibration, False, only, exclude).analysis
+    analysis = cuttable(graph, runtime, calibration, False, only, exclude, approximate=approximate).analysis
     cost = CostModel(analysis)
     least = cost.total(np.ones(len(analysis.groups)))
     return Inspection(analysis, analysis.macs / least if least else float("inf"))

@@ -138,6 +138,12 @@ _layers = _options(
     click.option("--only", metavar="REGEX", help="Make only layers narrower whose node name this finds."),
     click.option("--exclude", metavar="REGEX", help="Leave layers alone whose node name this finds."),
 )
+_approximate = click.option(
+    "--approximate",
+    is_flag=True,
+    help="Let normalised axes shrink, too, such as the hidden width of transformers: their mean and variance are then"
+    " those of the channels that are left, so that the cut is not exact.",
+)
 _talk = _options(
     click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors (and the object of --json)."),
@@ -227,6 +233,7 @@ def cli() -> None:
     show_default=True,
     help="Let blocks choose among the channels of a residual stream, with a Gather in front.",
 )
+@_approximate
 @click.option("--no-reconstruct", is_flag=True, help="Keep the weights as they are; only take channels out.")
 @_layers
 @click.option("--best-effort", is_flag=True, help="Write the fastest model where the speed-up cannot be reached.")
@@ -302,6 +309,7 @@ def prune(
 @_data
 @_threads
 @_layers
+@_approximate
 @_preprocessing
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown on stdout.")
 @_talk

@@ -17,7 +17,7 @@ from onnxprune.comparison import measure_fidelity
 from onnxprune.cost import Latency, measure_latency
 from onnxprune.errors import InputError, InternalError
 from onnxprune.files import write_model
-from onnxprune.plan import Plan, removed_positions
+from onnxprune.plan import Plan, approximate_nodes, removed_positions
 from onnxprune.prepare import Cuttable, Prepared, measures
 from onnxprune.promise import MISSED, Timing
 from onnxprune.report import Achieved, DataEntry, GroupEntry, Measures, Report, Target
@@ -168,8 +168,10 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
             "exclude": settings.exclude,
             "multiple": settings.multiple,
             "samplers": settings.samplers,
+            "approximate": settings.approximate,
         },
         latency=entry,
+        approximate=tuple(analysis.graph.nodes[index].label for index in approximate_nodes(analysis, plan)),
     )
     return Result(pruned, report, plan)
 

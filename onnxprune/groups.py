@@ -47,6 +47,7 @@ class Kind(enum.StrEnum):
     UNSEEN = "unseen"  # a tensor whose shape never came to be known
     UNCLAIMED = "unclaimed"  # the row does not speak for this axis
     MIXED = "mixed"  # all values of the axis are needed
+    NORMALISED = "normalised"  # a statistic of all values is needed, which fewer would give approximately
     SUMMED = "summed"  # summed up, and a silenced channel is not zero
     PRODUCT = "product"  # a product of factors of which another one is cut
     SAMPLED = "sampled"  # readers choose among the channels instead
@@ -93,6 +94,7 @@ class Coupling:
 
     groups: tuple[Group, ...]
     frozen: dict[AxisId, tuple[Seed, int]]  # the seed and how many positions of the axis stay because of freezing
+    approximate: dict[int, frozenset[str]]  # per such statement the letters of which a statistic is taken
 
 
 @dataclass(eq=False)
@@ -149,7 +151,9 @@ class _Edges:
 class _Builder:
     """Collects edges, frozen positions and splits from the statements."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], approximate: bool = False) -> None:
+        self.leave_statistics = approximate
+        self.approximate: dict[int, frozenset[str]] = {}
         self.positions = _Positions()
         for tensor, shape in shapes.items():
             self.positions.add(tensor, shape)
@@ -172,8 +176,8 @@ class _Builder:
         for tensor, axis in axes:
             self.freeze(tensor, axis, Seed(kind, reason, statement.node, statement.op, tensor, axis))
 
-    def state(self, statement: Statement) -> None:
-        """Take in what one operator says."""
+    def state(self, statement: Statement, index: int) -> None:
+        """Take in what one operator says; ``index`` is its place among the statements."""
         operands = [(name, k, True) for k, name in enumerate(statement.inputs) if name]
         operands += [(name, k, False) for k, name in enumerate(statement.outputs) if name]
         relation = statement.relation
@@ -194,10 +198,15 @@ class _Builder:
         whole = dict.fromkeys(sorted(relation.varying), (Kind.DYNAMIC, VARYING))
         mixes = f"{statement.op} mixes the values of this axis"
         sums = f"{statement.op} sums over this axis, and a silenced channel is not zero there"
-        for _, bound in occurrences:
-            whole |= dict.fromkeys(sorted(bound.mixed), (Kind.MIXED, mixes))
-            open_sums = [x for x in sorted(bound.summed) if not self._is_zero(statement, relation, x)]
-            whole |= dict.fromkeys(open_sums, (Kind.SUMMED, sums))
+        mixed = sorted({x for _, bound in occurrences for x in bound.mixed})
+        open_sums = {x for _, bound in occurrences for x in bound.summed if not self._is_zero(statement, relation, x)}
+        if relation.approximable and self.leave_statistics:
+            if letters := frozenset({*mixed, *open_sums}):
+                self.approximate[index] = letters
+        else:
+            statistic = relation.approximable
+            whole |= dict.fromkeys(mixed, (Kind.NORMALISED if statistic else Kind.MIXED, mixes))
+            whole |= dict.fromkeys(sorted(open_sums), (Kind.NORMALISED if statistic else Kind.SUMMED, sums))
         for axis_id, bound in occurrences:
             if bound.letters and set(bound.letters) <= set(whole):
                 self.freeze_statement(statement, *whole[bound.letters[0]], [axis_id])
@@ -615,6 +624,7 @@ def couple(
     statements: Sequence[Statement],
     seeds: Sequence[Seed],
     weights: dict[AxisId, float],
+    approximate: bool = False,
 ) -> Coupling:
     """Find the groups.
 
@@ -624,12 +634,13 @@ def couple(
         seeds: axes frozen from outside: graph inputs and outputs, dynamic sizes, the user's exclusions.
         weights: multiply-accumulates per axis of a layer's weights, by which alternatives are judged; a unit that
             holds none of them is not worth removing.
+        approximate: let axes shrink of which an operator takes a statistic (a mean, a variance).
     """
-    builder = _Builder(shapes)
+    builder = _Builder(shapes, approximate)
     for seed in seeds:
         builder.freeze(seed.tensor, seed.axis, seed)
-    for statement in statements:
-        builder.state(statement)
+    for index, statement in enumerate(statements):
+        builder.state(statement, index)
     positions = builder.positions
     weight = np.zeros(positions.total)
     for axis, macs in weights.items():
@@ -639,6 +650,7 @@ def couple(
     return Coupling(
         tuple(_group(positions, label, frozen, weight)),
         _frozen_axes(positions, frozen, builder.seeds),
+        builder.approximate,
     )
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxprune.analysis import Analysis
+from onnxprune.axes import Refusal
 from onnxprune.errors import InputError
-from onnxprune.groups import AxisId
+from onnxprune.groups import AxisId, Statement
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,32 @@ def removed_positions(analysis: Analysis, plan: Plan) -> dict[AxisId, np.ndarray
         for axis in info.group.axes:
             found.setdefault((axis.tensor, axis.axis), []).append(axis.positions[gone].ravel())
     return {axis: np.unique(np.concatenate(parts)) for axis, parts in found.items()}
+
+
+def approximate_nodes(analysis: Analysis, plan: Plan) -> tuple[int, ...]:
+    """Indices of the nodes that take a statistic of fewer channels than in the original."""
+    removed = removed_positions(analysis, plan)
+    return tuple(
+        index
+        for index, letters in sorted(analysis.approximate.items())
+        if any(_loses(analysis.statements[index], letters, place, gone) for place, gone in removed.items())
+    )
+
+
+def _loses(statement: Statement, letters: frozenset[str], place: AxisId, gone: np.ndarray) -> bool:
+    """Whether an axis loses some, and not all, of the positions that differ in one of the letters only."""
+    relation = statement.relation
+    if isinstance(relation, Refusal):
+        return False
+    for names, side in ((statement.inputs, relation.inputs), (statement.outputs, relation.outputs)):
+        for name, operand in zip(names, side, strict=False):
+            if name != place[0] or not letters & set(operand[place[1]].letters):
+                continue
+            word = operand[place[1]].letters
+            mask = np.zeros([relation.sizes[x] for x in word], bool)
+            mask.flat[gone] = True
+            for letter in letters & set(word):
+                along = word.index(letter)
+                if (mask.any(along) != mask.all(along)).any():
+                    return True
+    return False

@@ -125,7 +125,16 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
     with progress.stage("groups"):
         costly = {settings.by, *settings.most}
         sampling = settings.samplers and settings.select in FROM_ACTIVATIONS and costly <= _SAMPLING
-        network = cuttable(graph, runtime, calibration, settings.reconstruct, settings.only, settings.exclude, sampling)
+        network = cuttable(
+            graph,
+            runtime,
+            calibration,
+            settings.reconstruct,
+            settings.only,
+            settings.exclude,
+            sampling,
+            settings.approximate,
+        )
     analysis = network.analysis
     sample = calibration.feeds([0])
     return Prepared(
@@ -224,6 +233,7 @@ def cuttable(
     only: str | None,
     exclude: str | None,
     sampling: bool = False,
+    approximate: bool = False,
 ) -> Cuttable:
     """Normalise, find shapes and groups; sizes that cannot be repaired freeze their axes."""
     model, copies = normalise(graph, runtime)
@@ -237,10 +247,10 @@ def cuttable(
     nominal = nominal_shapes(graph, runtime, one)
     seeds: tuple[Seed, ...] = ()
     while True:
-        analysis = analyse(graph, shapes, nominal, only, exclude, seeds)
+        analysis = analyse(graph, shapes, nominal, only, exclude, seeds, approximate=approximate)
         sampled = samplable(analysis) if sampling else frozenset()
         if sampled:
-            analysis = analyse(graph, shapes, nominal, only, exclude, seeds, sampled)
+            analysis = analyse(graph, shapes, nominal, only, exclude, seeds, sampled, approximate)
         half = {g.name: tuple(range(max(g.units // 2, 1))) for g in analysis.groups}
         try:
             rewrite(analysis, Plan("", half))

@@ -15,6 +15,7 @@ REMEDIES = {
     Kind.UNSEEN: "inputs on which the model runs through {op}: give real ones with --data",
     Kind.UNCLAIMED: "a row of {op} that speaks for this axis; please report the model",
     Kind.MIXED: "nothing that is exact: every value that {op} gives needs all channels of this axis",
+    Kind.NORMALISED: "nothing that is exact; with --approximate {op} goes by the channels that are left",
     Kind.SUMMED: "before {op} an activation that maps zero to zero (Relu, not Sigmoid), or stored weights on one side",
     Kind.PRODUCT: "nothing while the other factor is cut; --exclude the layers of that group to cut this one instead",
     Kind.SAMPLED: "--no-samplers cuts the stream itself, for all its readers alike",

@@ -38,6 +38,7 @@ class Settings:
     only: str | None = None
     exclude: str | None = None
     samplers: bool = True
+    approximate: bool = False
     best_effort: bool = False
     preprocessing: Preprocessing | None = None
 

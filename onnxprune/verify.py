@@ -1,9 +1,14 @@
-"""Proof before writing: the cut model must compute what the original computes with the removed channels silenced."""
+"""Proof before writing: the cut model must compute what the original computes with the removed channels silenced.
+
+Where normalised axes were allowed to shrink (``approximate``), the nodes that take a statistic of fewer channels give
+something else on purpose. They are checked for shapes and finite values; all the others are compared as ever, the
+silenced original being given what those nodes give in the cut model, with zeros for the channels that went.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,8 +17,8 @@ import onnxruntime as ort
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import InputError, InternalError
-from onnxprune.graph import Graph
-from onnxprune.plan import Plan, removed_positions
+from onnxprune.graph import Graph, Node
+from onnxprune.plan import Plan, approximate_nodes, removed_positions
 from onnxprune.precision import NARROW, types, without_rounding
 from onnxprune.probe import Feeds
 from onnxprune.runtime import Runtime, expose
@@ -52,17 +57,30 @@ def prove(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, feeds: list[Feed
     have = {name for node in cut.graph.node for name in node.output}
     shared = [name for name in names if name in have]
     whole, how = silence(analysis, plan), ""
+    approximate = [graph.nodes[index] for index in approximate_nodes(analysis, plan)]
+    replaced = [name for node in approximate for name in node.outputs if name in have]
+    if approximate:
+        whole = _given_outputs(whole, approximate, analysis)
+        how = f"; {len(approximate)} nodes take a statistic of fewer channels, and are checked for finite values only"
     plain = [without_rounding(model, analysis.shapes.probes[0].shapes) for model in (whole, cut)]
     if plain[0] is not whole and plain[1] is not cut:
-        (whole, cut), how = plain, "; values between QuantizeLinear and DequantizeLinear scaled, but not rounded"
+        (whole, cut) = plain
+        how += "; values between QuantizeLinear and DequantizeLinear scaled, but not rounded"
     runtime = replace(runtime, provider="cpu")
-    expected, actual, in_float32 = _sessions([expose(model, shared) for model in (whole, cut)], runtime)
+    compared_names = [name for name in shared if name not in replaced]
+    models = [expose(whole, compared_names), expose(cut, shared)]
+    expected, actual, in_float32 = _sessions(models, runtime)
     if in_float32:
         how += "; in float32 copies of both models"
     skip = _after_a_ranking(graph)
     worst, where, compared = 0.0, "", 0
     for feed in feeds:
-        for name, a, b in zip(shared, expected.run(shared, feed), actual.run(shared, feed), strict=True):
+        found = dict(zip(shared, actual.run(shared, feed), strict=True))
+        given = _widened(analysis, plan, {name: found[name] for name in replaced})
+        if given is None:
+            continue
+        for name, a in zip(compared_names, expected.run(compared_names, {**feed, **given}), strict=True):
+            b = found[name]
             if name in skip or not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
                 continue
             if name in graph.outputs and (a.shape != b.shape or a.dtype != b.dtype):
@@ -90,6 +108,41 @@ def _sessions(
             return _sessions(models, replace(runtime, as_float32=True))
     first, second = (runtime.session(model, optimise=False) for model in models)
     return first, second, runtime.as_float32
+
+
+def _given_outputs(model: onnx.ModelProto, nodes: Sequence[Node], analysis: Analysis) -> onnx.ModelProto:
+    """The model with inputs in place of what these nodes give."""
+    types = analysis.shapes.probes[0].types
+    for index in sorted((node.index for node in nodes), reverse=True):
+        del model.graph.node[index]
+    names = [name for node in nodes for name in node.outputs if name]
+    model.graph.input.extend(onnx.helper.make_tensor_value_info(name, types[name], None) for name in names)
+    return model
+
+
+def _widened(analysis: Analysis, plan: Plan, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """Tensors of the cut model with zeros where the original has more; None at sizes that the plan does not tell.
+
+    Raises:
+        InternalError: some value is not finite.
+    """
+    removed = removed_positions(analysis, plan) if found else {}
+    wide = {}
+    for name, array in found.items():
+        if not np.isfinite(array.astype(np.float64)).all():
+            raise InternalError(f"{name!r} is a statistic of fewer channels, and not finite; nothing was written")
+        for axis, size in enumerate(analysis.shapes.shape(name) or ()):
+            gone = removed.get((name, axis))
+            if gone is None:
+                continue
+            if array.shape[axis] != size - len(gone):  # a product with a dynamic size, at another one
+                return None
+            shape = (*array.shape[:axis], size, *array.shape[axis + 1 :])
+            full = np.zeros(shape, array.dtype)
+            full[(slice(None),) * axis + (np.delete(np.arange(size), gone),)] = array
+            array = full
+        wide[name] = array
+    return wide
 
 
 def silence(analysis: Analysis, plan: Plan) -> onnx.ModelProto:

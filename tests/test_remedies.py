@@ -45,6 +45,12 @@ PLACES: dict[str, tuple[Between, str, str, str]] = {
         "nothing that is exact: every value that Softmax gives",
     ),
     "summed": (sums, "ReduceSum", "a0 a1 ~a2, * -> a0 a1 *", "an activation that maps zero to zero"),
+    "normalised": (
+        lambda g, x: g.LayerNormalization(x, g.weight(8), axis=-1),
+        "LayerNormalization",
+        "a0 a1 !a2, !a2 -> a0 a1 !a2",
+        "with --approximate LayerNormalization goes by the channels that are left",
+    ),
     "refused": (
         lambda g, x: g.DequantizeLinear(*g.node("DynamicQuantizeLinear", x, outputs=3)),
         "DynamicQuantizeLinear",

@@ -135,7 +135,8 @@ class Report:
     ``removed`` names, per tensor of the original and axis, the positions that went. ``hashes`` are SHA-256 of the
     original (``model``), of what was written (``pruned``) and of the data (``data``). ``options`` are those that led
     to the choice of channels. ``limits`` are the most that was to be left of costs, by name, besides the target.
-    ``latency`` is given where the target is one of time.
+    ``latency`` is given where the target is one of time. ``approximate`` names the nodes that take a statistic of fewer
+    channels than in the original, where that was allowed.
     """
 
     target: Target
@@ -157,6 +158,7 @@ class Report:
     options: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
     latency: LatencyEntry | None = None
+    approximate: tuple[str, ...] = ()
     schema_version: str = SCHEMA_VERSION
 
     def to_json(self) -> str:

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Sequence
 
 from onnxprune.report import FrozenEntry, Report
 from onnxprune.report.overview import Overview
-from onnxprune.report.text import clean, cost_rows, error, fidelity_lines, percent, place, quantity, some
+from onnxprune.report.text import (
+    approximate_line,
+    clean,
+    cost_rows,
+    error,
+    fidelity_lines,
+    percent,
+    place,
+    quantity,
+    some,
+)
 from onnxprune.targets import UNITS
 
 
@@ -20,6 +30,8 @@ def render(report: Report) -> str:
         _table(("", "before", "after", "ratio"), cost_rows(report)),
         "MACs are counted; latency is measured on one machine.",
     ]
+    if report.approximate:
+        parts.append(_escape(approximate_line(report.approximate)))
     if report.fidelity:
         parts.append("\n".join(f"- {_escape(line)}" for line in fidelity_lines(report.fidelity)))
     if report.groups:

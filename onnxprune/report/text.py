@@ -97,6 +97,14 @@ def latency_lines(report: Report) -> list[str]:
     ]
 
 
+def approximate_line(nodes: Sequence[str]) -> str:
+    """That, and where, the cut changes what the model computes."""
+    return (
+        f"approximate: {len(nodes)} node{'s' if len(nodes) > 1 else ''} now take their statistics of fewer channels:"
+        f" {some(nodes)}"
+    )
+
+
 def ratio(before: float, after: float) -> str:
     """How many times less."""
     return f"{before / after:.2f}x" if after else ""
@@ -151,6 +159,8 @@ def show_report(report: Report, out: Console, *, verbose: bool = False) -> None:
         table.add_row(*row)
     out.print(table)
     _line(out, _DIFFERENT)
+    if report.approximate:
+        _line(out, approximate_line(report.approximate))
     for line in latency_lines(report):
         _line(out, line)
     for line in fidelity_lines(report.fidelity) if report.fidelity else ():

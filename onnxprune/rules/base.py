@@ -100,7 +100,9 @@ class Row:
 
     ``weights`` are the inputs whose removed slices are silenced by zeros: an exact zero there makes the operator
     compute as if the channel were not there. ``sizes`` gives letters that shapes do not determine. ``zero`` says when a
-    slice of the outputs is zero (see `onnxprune.axes.BoundRelation`); never, unless it says so.
+    slice of the outputs is zero (see `onnxprune.axes.BoundRelation`); never, unless it says so. ``approximable``: what
+    it mixes or sums is a statistic (a mean, a variance), which fewer channels still give approximately; a repair then
+    makes up for the channels that went as if they were zero.
     """
 
     describe: Describe | str | Refusal
@@ -109,6 +111,7 @@ class Row:
     sizes: Callable[[OpView], dict[str, int]] | None = None
     weights: tuple[int, ...] = ()
     zero: Clauses | Callable[[OpView], Clauses] = ()
+    approximable: bool = False
 
 
 Table = dict[tuple[str, str], list[Row]]
@@ -148,7 +151,7 @@ def describe(op: OpView, row: Row | None = None) -> BoundRelation | Refusal:
     if zero == ALL:
         zero = (tuple(range(len(op.in_sizes))),)
     silenced = frozenset(k for k in row.weights if k < len(op.constant) and op.constant[k])
-    return replace(bound, zero=zero, silenced=silenced, varying=varying)
+    return replace(bound, zero=zero, silenced=silenced, varying=varying, approximable=row.approximable)
 
 
 def _shapes_at(sizes: Sequence[Sizes | None], which: int) -> list[Shape | None]:

@@ -18,6 +18,9 @@ therefore stay; `1` is an axis that is broadcast or stays; `!` marks values that
 cannot be taken out exactly; `~` values that are summed over, of which a part can go where it is zero. Where the
 relation depends on attributes and shapes it is told in words. An operator that is left alone freezes the channels that
 reach it, and the report says so with the reason given here. Operators of other domains are kept untouched.
+
+Where what is mixed or summed is a *statistic* (a mean, a variance), the axis may shrink with `--approximate`: the
+operator then goes by the channels that are left, and a repair makes up for the others as if they were zero.
 """
 
 
@@ -28,10 +31,12 @@ def _first_line(text: str | None) -> str:
 def _relation(row: Row) -> str:
     if isinstance(row.describe, Refusal):
         return f"left alone: {row.describe.reason}"
+    more = "; a statistic, see above" if row.approximable else ""
     if isinstance(row.describe, str):
-        return f"`{row.describe}`"
+        return f"`{row.describe}`{more}"
     said = _first_line(inspect.getdoc(row.describe))
-    return said or f"by shape and attributes ({row.describe.__name__.strip('_').replace('_', ' ')})"
+    said = said or f"by shape and attributes ({row.describe.__name__.strip('_').replace('_', ' ')})"
+    return f"{said}{more}"
 
 
 def _repair(row: Row) -> str:
