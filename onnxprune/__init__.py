@@ -11,10 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxprune.api import Inspection, Result, analyze, prune, prune_family
+    from onnxprune.api import Inspection, Result, analyze, collect, prune, prune_family
     from onnxprune.comparison import Comparison, compare
     from onnxprune.data import Preprocessing
     from onnxprune.errors import InputError, InternalError, OnnxPruneError, UnreachableTarget
+    from onnxprune.gathered import Gathered
     from onnxprune.plan import Plan
     from onnxprune.report import Report
 
@@ -24,6 +25,8 @@ _WHERE = {
     "analyze": "api",
     "Result": "api",
     "Inspection": "api",
+    "collect": "api",
+    "Gathered": "gathered",
     "compare": "comparison",
     "Comparison": "comparison",
     "Preprocessing": "data",
@@ -37,6 +40,7 @@ _WHERE = {
 
 __all__ = [
     "Comparison",
+    "Gathered",
     "InputError",
     "Inspection",
     "InternalError",
@@ -47,6 +51,7 @@ __all__ = [
     "Result",
     "UnreachableTarget",
     "analyze",
+    "collect",
     "compare",
     "prune",
     "prune_family",

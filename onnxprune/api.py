@@ -17,6 +17,7 @@ from onnxprune.counting import count_model_macs
 from onnxprune.data import Preprocessing, load_calibration
 from onnxprune.errors import InputError
 from onnxprune.finish import Result, aim, finish
+from onnxprune.gathered import Gathered
 from onnxprune.graph import Graph, read_model
 from onnxprune.prepare import cuttable, prepare
 from onnxprune.progress import Progress
@@ -25,7 +26,17 @@ from onnxprune.settings import Settings
 from onnxprune.targets import Wanted
 from onnxprune.tensors import with_scratch
 
-__all__ = ["Inspection", "Result", "analyze", "compare", "count_model_macs", "prune", "prune_family"]
+__all__ = [
+    "Gathered",
+    "Inspection",
+    "Result",
+    "analyze",
+    "collect",
+    "compare",
+    "count_model_macs",
+    "prune",
+    "prune_family",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +73,7 @@ def prune(
     approximate: bool = False,
     best_effort: bool = False,
     preprocessing: Preprocessing | None = None,
+    stats: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Make a smaller dense model that costs 1 / ``speedup`` of the original and computes nearly the same.
@@ -96,6 +108,8 @@ def prune(
             taken of the channels that are left, so that the cut alone changes what the model computes.
         best_effort: go as far as possible where the speed-up cannot be reached.
         preprocessing: how uint8 images become the model's input.
+        stats: a file that `collect` made of this model: pruned without the data, every layer fitted once to what it
+            gave in the original. ``data`` then serve to measure fidelity, and nothing beside the file is looked for.
         progress: receives the stages.
 
     Raises:
@@ -126,6 +140,7 @@ def prune(
         approximate=approximate,
         best_effort=best_effort,
         preprocessing=preprocessing,
+        stats=stats,
     )
     return _family(model, [speedup], settings, progress)[0]
 
@@ -157,6 +172,26 @@ def prune_family(
     if not given or len(set(given)) < len(given):
         raise InputError(f"expected at least one speed-up, and each of them once, found {given}; try [1.5, 2, 3]")
     return _family(model, given, Settings(**options), progress)
+
+
+@with_scratch
+def collect(model: str | Path | onnx.ModelProto, *, progress: Progress | None = None, **options: Any) -> Gathered:
+    """Go over the data once and keep what pruning needs of them: sums and damage, no samples.
+
+    Args:
+        model: a file, or the model itself.
+        progress: receives the stages.
+        **options: those of `prune` that say which data, how to run, and which layers may be made narrower.
+
+    Returns:
+        what `prune` takes as ``stats`` once it was saved.
+
+    Raises:
+        InputError: the model, the data or an option cannot be used.
+    """
+    prepared = prepare(model, Settings(**options), progress or Progress())
+    prepared.gather()
+    return prepared.gathered()
 
 
 @with_scratch

@@ -7,148 +7,42 @@ Exit statuses: 0 done, 1 a fault of onnxprune, 2 the model, the data or the opti
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
-import math
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click_default_group import DefaultGroup
 
 from onnxprune.errors import InputError, InternalError, OnnxPruneError
+from onnxprune.options import (
+    BUDGETS,
+    FILE,
+    count,
+    multiple,
+    ratios,
+    shape,
+    with_approximate,
+    with_choosing,
+    with_data,
+    with_layers,
+    with_preprocessing,
+    with_provider,
+    with_sampling,
+    with_talk,
+    with_threads,
+)
+from onnxprune.places import check_output, places, writing
 
 if TYPE_CHECKING:
     from onnxprune.images import Preprocessing
     from onnxprune.progress import Progress
 
-PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "coreml", "dml")
-BUDGETS = ("macs", "params", "memory", "latency")
-SELECTIONS = ("greedy", "lasso", "l1", "slimming", "random")
 INTERRUPTED = 130
-_PLACEHOLDER = "{speedup}"  # in names of files
 
 _Group: type[click.Group] = DefaultGroup
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-# --------------------------------------------------------------------------------------------- options
-
-
-def _numbers(value: object) -> tuple[float, ...]:
-    try:
-        return tuple(_fraction(part) for part in str(value).split(","))
-    except (ValueError, ZeroDivisionError):
-        raise click.BadParameter(f"expected numbers such as 0.485,0.456,0.406, found {value!r}.") from None
-
-
-def _number(value: object) -> float:
-    try:
-        return _fraction(str(value))
-    except (ValueError, ZeroDivisionError):
-        raise click.BadParameter(f"expected a number such as 1/255, found {value!r}.") from None
-
-
-def _ratios(value: object) -> tuple[float, ...]:
-    numbers = []
-    for part in str(value).split(","):
-        with contextlib.suppress(ValueError):
-            if 1 < float(part) < math.inf:
-                numbers.append(float(part))
-                continue
-        raise click.BadParameter(f"expected a finite number above 1, found '{part}'; try 2, or 1.5,2,3.")
-    names = [f"{number:g}" for number in numbers]  # as in the names of files
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise click.BadParameter(f"expected every speed-up once, found {min(twice)} again; give it once.")
-    return tuple(numbers)
-
-
-def _count(value: object) -> float:
-    text = str(value).strip()
-    factor = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:].replace("K", "k"), 1.0)
-    with contextlib.suppress(ValueError):
-        number = float(text if factor == 1.0 else text[:-1]) * factor
-        if 0 < number < math.inf:
-            return number
-    raise click.BadParameter(f"expected a number above 0 such as 5M, found '{value}'.")
-
-
-def _shape(value: object) -> tuple[str, tuple[int, ...]]:
-    name, _, sizes = str(value).rpartition(":")
-    with contextlib.suppress(ValueError):
-        shape = tuple(int(part) for part in sizes.replace("x", ",").split(","))
-        if name and min(shape) > 0:
-            return name, shape
-    raise click.BadParameter(f"expected a name and sizes such as input:1,3,224,224, found '{value}'.")
-
-
-def _multiple(value: object) -> int | str:
-    with contextlib.suppress(ValueError):
-        if int(str(value)) > 0:
-            return int(str(value))
-    if value == "auto":
-        return "auto"
-    raise click.BadParameter(f"expected a number of at least 1 or auto, found '{value}'.")
-
-
-def _fraction(text: str) -> float:
-    top, _, bottom = text.partition("/")
-    number = float(top) / float(bottom) if bottom else float(top)
-    if not math.isfinite(number):
-        raise ValueError(text)
-    return number
-
-
-def _options(*decorators: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
-    return lambda function: functools.reduce(lambda made, decorator: decorator(made), reversed(decorators), function)
-
-
-_FILE = click.Path(path_type=Path)
-_preprocessing = _options(
-    click.option("--scale", type=_number, metavar="X", help="Factor for the pixels of images (default 1/255)."),
-    click.option("--mean", type=_numbers, metavar="X[,X…]", help="Subtracted after scaling, per channel."),
-    click.option("--std", type=_numbers, metavar="X[,X…]", help="Divided by after that, per channel."),
-    click.option("--bgr", is_flag=True, help="The model takes blue, green, red."),
-    click.option("--resize", type=click.IntRange(min=1), metavar="N", help="Short side of images in a folder."),
-    click.option("--crop", type=click.IntRange(min=1), metavar="N", help="Centre square of images in a folder."),
-)
-_data = click.option(
-    "--data",
-    metavar="DATA",
-    help="Calibration data: an .npy or .npz file, a folder of images or of ONNX test data, or package.module:function."
-    " Default: MODEL.calib.npz or test_data_set_* beside the model.",
-)
-_sampling = _options(
-    click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Use at most N samples of the data."),
-    click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples fed to the model at once."),
-    click.option(
-        "--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of every random choice (default 0)."
-    ),
-)
-_threads = click.option(
-    "--threads", type=click.IntRange(min=0), default=0, metavar="N", help="Threads of onnxruntime (0: one per core)."
-)
-_provider = click.option(
-    "--provider", type=click.Choice(PROVIDERS), default="cpu", help="Where models are run (default cpu)."
-)
-_layers = _options(
-    click.option("--only", metavar="REGEX", help="Make only layers narrower whose node name this finds."),
-    click.option("--exclude", metavar="REGEX", help="Leave layers alone whose node name this finds."),
-)
-_approximate = click.option(
-    "--approximate",
-    is_flag=True,
-    help="Let normalised axes shrink, too, such as the hidden width of transformers: their mean and variance are then"
-    " those of the channels that are left, so that the cut is not exact.",
-)
-_talk = _options(
-    click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object on stdout."),
-    click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors (and the object of --json)."),
-    click.option("-v", "--verbose", is_flag=True, help="Say more; show where an unexpected failure happened."),
-)
 
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -180,11 +74,11 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("model", type=_FILE)
+@click.argument("model", type=FILE)
 @click.option(
     "--speedup",
     "speedups",
-    type=_ratios,
+    type=ratios,
     default="2",
     metavar="X[,X…]",
     help="Cost before / cost after (default 2); of several, a model each is made from one pass over the data.",
@@ -196,49 +90,48 @@ def cli() -> None:
     help="What cost is: macs, params (stored numbers), memory (peak bytes of activations), or latency (time of a run,"
     " measured here). Default macs.",
 )
-@click.option("--max-macs", type=_count, metavar="N", help="At most N MACs, besides (5M is five million).")
-@click.option("--max-params", type=_count, metavar="N", help="At most N parameters, besides.")
-@click.option("--max-memory", type=_count, metavar="BYTES", help="At most so many bytes of activations, besides.")
+@click.option("--max-macs", type=count, metavar="N", help="At most N MACs, besides (5M is five million).")
+@click.option("--max-params", type=count, metavar="N", help="At most N parameters, besides.")
+@click.option("--max-memory", type=count, metavar="BYTES", help="At most so many bytes of activations, besides.")
 @click.option(
     "--shape",
     "shapes",
-    type=_shape,
+    type=shape,
     multiple=True,
     metavar="NAME:N,C,…",
     help="Deployed shape of an input, for latency (default: that of one sample).",
 )
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Deployed batch, for latency.")
-@click.option("--round-to", type=_multiple, metavar="N|auto", help="Keep multiples of N channels, or whole groups.")
+@click.option("--round-to", type=multiple, metavar="N|auto", help="Keep multiples of N channels, or whole groups.")
 @click.option("--target", metavar="NAME", help="Round to what suits a target: cpu-avx512, tensorrt, hexagon, …")
 @click.option(
     "-o",
     "--output",
-    type=_FILE,
+    type=FILE,
     metavar="FILE",
     help="Default: MODEL.pruned.onnx beside the model. For several speed-ups a folder, or a name with {speedup} in it;"
     " default: MODEL.pruned-1.5x.onnx and so on.",
 )
 @click.option("--force", is_flag=True, help="Replace files that exist.")
-@click.option("--report", "report_path", type=_FILE, metavar="FILE.json", help="Write the report here; several as -o.")
-@_data
-@_sampling
-@_threads
-@_provider
+@click.option("--report", "report_path", type=FILE, metavar="FILE.json", help="Write the report here; several as -o.")
+@with_data
+@with_sampling
+@with_threads
+@with_provider
+@with_choosing
 @click.option(
-    "--select", type=click.Choice(SELECTIONS), default="greedy", help="How channels are chosen (default greedy)."
+    "--stats",
+    type=FILE,
+    metavar="FILE",
+    help="Prune without the data, from what onnxprune collect kept; each layer is fitted once, which keeps less."
+    " --data then only measures fidelity.",
 )
-@click.option(
-    "--samplers/--no-samplers",
-    default=True,
-    show_default=True,
-    help="Let blocks choose among the channels of a residual stream, with a Gather in front.",
-)
-@_approximate
+@with_approximate
 @click.option("--no-reconstruct", is_flag=True, help="Keep the weights as they are; only take channels out.")
-@_layers
+@with_layers
 @click.option("--best-effort", is_flag=True, help="Write the fastest model where the speed-up cannot be reached.")
-@_preprocessing
-@_talk
+@with_preprocessing
+@with_talk
 def prune(
     model: Path,
     speedups: tuple[float, ...],
@@ -246,6 +139,7 @@ def prune(
     force: bool,
     report_path: Path | None,
     data: str | None,
+    stats: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -258,10 +152,11 @@ def prune(
     Example: onnxprune model.onnx --speedup 2 --data images/ --report report.json
     """
     _check_talk(quiet, verbose)
-    outputs = _places(output, model, speedups, "-o", ".onnx")
-    reports = _places(report_path, model, speedups, "--report", ".json") if report_path is not None else []
+    outputs = places(output, model, speedups, "-o", ".onnx")
+    reports = places(report_path, model, speedups, "--report", ".json") if report_path is not None else []
     if model.is_file():  # what is wrong with the model itself is said first, by who reads it
         sources = {"the model": model, **({"the calibration data": Path(data)} if data else {})}
+        sources |= {"the statistics": stats} if stats else {}
         for place in outputs:
             check_output(place, "output", "-o", sources, force)
         for place in reports:
@@ -275,15 +170,15 @@ def prune(
     with _progress(quiet) as progress:
         options |= {"preprocessing": preprocessing, "shapes": dict(options["shapes"])}
         results = api.prune_family(
-            model, speedups, progress=progress, data=data, reconstruct=not no_reconstruct, **options
+            model, speedups, progress=progress, data=data, stats=stats, reconstruct=not no_reconstruct, **options
         )
-    with _writing() as writing, Together() as files:
+    with writing() as now, Together() as files:
         for result, path in zip(results, reports, strict=False):
-            writing(path)
+            now(path)
             with files.open(path) as file:
                 file.write(f"{result.report.to_json()}\n".encode())
         for result, path in zip(results, outputs, strict=True):
-            writing(path)
+            now(path)
             write_model(result.model, path, force=force, files=files)
     for warning in dict.fromkeys(w for result in results for w in result.report.warnings):
         _warn([warning], quiet)
@@ -305,14 +200,67 @@ def prune(
 
 
 @cli.command()
-@click.argument("model", type=_FILE)
-@_data
-@_threads
-@_layers
-@_approximate
-@_preprocessing
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", type=FILE, metavar="FILE", help="Default: MODEL.stats.npz beside the model.")
+@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@with_data
+@with_sampling
+@with_threads
+@with_provider
+@with_choosing
+@with_layers
+@with_approximate
+@with_preprocessing
+@with_talk
+def collect(
+    model: Path,
+    output: Path | None,
+    force: bool,
+    data: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Go over the data once and keep what pruning MODEL needs of them, for --stats.
+
+    \b
+    Example: onnxprune collect model.onnx --data images/ -o stats.npz
+             onnxprune model.onnx --stats stats.npz --speedup 2
+    """
+    _check_talk(quiet, verbose)
+    output = output or model.with_name(f"{model.name.removesuffix('.onnx')}.stats.npz")
+    if model.is_file():
+        sources = {"the model": model, **({"the calibration data": Path(data)} if data else {})}
+        check_output(output, "output", "-o", sources, force)
+    preprocessing = _take_preprocessing(options)
+    from onnxprune import api
+    from onnxprune.report import to_json
+
+    with _progress(quiet) as progress:
+        found = api.collect(model, data=data, preprocessing=preprocessing, progress=progress, **options)
+    with writing() as now:
+        now(output)
+        found.save(output, force=force)
+    _warn(found.about["warnings"], quiet)
+    if as_json:
+        about = {"layers": len(found.grams), "groups": len(found.damage), **found.about}
+        click.echo(to_json(about, output=str(output)))
+    elif not quiet:
+        source = found.about["data"]["source"]
+        click.echo(f"{len(found.grams)} layers and {len(found.damage)} groups, from {source}")
+        click.echo(f"written: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
+@cli.command()
+@click.argument("model", type=FILE)
+@with_data
+@with_threads
+@with_layers
+@with_approximate
+@with_preprocessing
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown on stdout.")
-@_talk
+@with_talk
 def inspect(
     model: Path, data: str | None, markdown: bool, as_json: bool, quiet: bool, verbose: bool, **options: Any
 ) -> None:
@@ -344,14 +292,14 @@ def inspect(
 
 
 @cli.command()
-@click.argument("a", type=_FILE)
-@click.argument("b", type=_FILE)
-@_data
-@_sampling
-@_threads
-@_provider
-@_preprocessing
-@_talk
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE)
+@with_data
+@with_sampling
+@with_threads
+@with_provider
+@with_preprocessing
+@with_talk
 def compare(a: Path, b: Path, data: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Run A and B on the same data: agreement, output error, latency side by side.
 
@@ -375,66 +323,6 @@ def compare(a: Path, b: Path, data: str | None, as_json: bool, quiet: bool, verb
 
 
 # --------------------------------------------------------------------------------------------- helpers
-
-
-def _places(given: Path | None, model: Path, speedups: Sequence[float], option: str, suffix: str) -> list[Path]:
-    """Where the files of every speed-up go.
-
-    Raises:
-        InputError: one name is given for several.
-    """
-    stem = f"{model.name.removesuffix('.onnx')}.pruned"
-    if len(speedups) > 1:
-        stem += f"-{_PLACEHOLDER}x"
-    template = given or model.with_name(f"{stem}{suffix}")
-    if len(speedups) > 1 and _PLACEHOLDER not in str(template):
-        if not template.is_dir():
-            example = template.with_name(f"{template.stem}-{_PLACEHOLDER}x{template.suffix}")
-            raise InputError(
-                f"{option} {template} names one file for {len(speedups)} speed-ups; try {example}, or a folder that"
-                " exists"
-            )
-        template = template / f"{stem}{suffix}"
-    return [Path(str(template).replace(_PLACEHOLDER, f"{speedup:g}")) for speedup in speedups]
-
-
-def check_output(path: Path, what: str, option: str, sources: dict[str, Path], force: bool) -> None:
-    """Refuse, before any work is done, a place that nothing can or may be written to.
-
-    Raises:
-        InputError: there is no such folder, it cannot be written to, or something is in the way.
-    """
-    name = f"{what} {path}"
-    folder = path.parent
-    try:
-        for source, other in sources.items():
-            if path.absolute() == other.absolute() or (path.exists() and other.exists() and path.samefile(other)):
-                raise InputError(f"{name} is {source} itself, which stays as it is; try another path with {option}")
-        if path.is_dir():
-            raise InputError(f"{name} is a folder; expected a file name (try {path / f'{what}'} with {option})")
-        if path.exists() and not path.is_file():
-            raise InputError(f"{name} is not a regular file; try another path with {option}")
-        if (path.exists() or path.is_symlink()) and not force:
-            raise InputError(f"{name} exists already; try another path with {option}, or --force to replace it")
-        if not folder.is_dir():
-            raise InputError(f"{name}: there is no folder {folder}; make it, or try another path with {option}")
-        # the names that write_bytes takes are a little longer than the file's own
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{name} cannot be written ({error.strerror or error}); try another path with {option}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _writing() -> Iterator[Callable[[Path], None]]:
-    """Names the file in an error of the system's; told which one is written now."""
-    now: list[Path] = []
-    try:
-        yield now.append
-    except OSError as error:
-        raise InputError(f"{now[-1]} cannot be written ({error.strerror or error}); nothing was written") from error
 
 
 def _take_preprocessing(options: dict[str, Any]) -> Preprocessing:

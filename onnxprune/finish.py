@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +16,9 @@ from onnxprune.cost import Latency, measure_latency
 from onnxprune.errors import InputError, InternalError
 from onnxprune.files import write_model
 from onnxprune.plan import Plan, approximate_nodes, removed_positions
-from onnxprune.prepare import Cuttable, Prepared, measures
+from onnxprune.prepare import Cuttable, Prepared, measures, versions
 from onnxprune.promise import MISSED, Timing
-from onnxprune.report import Achieved, DataEntry, GroupEntry, Measures, Report, Target
+from onnxprune.report import Achieved, GroupEntry, Measures, Report, Target
 from onnxprune.report.overview import frozen_entries
 from onnxprune.rewrite import rewrite
 from onnxprune.stopwatch import default_cache
@@ -129,7 +127,9 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
             warnings.append(_NOT_IN_ITS_TYPES)
         else:
             times = measure_latency([original, pruned], prepared.deployed, runtime)
-        fidelity = measure_fidelity(original, pruned, prepared.held_out, settings.batch_size or 32, runtime)
+        fidelity = None
+        if prepared.held_out is not None:
+            fidelity = measure_fidelity(original, pruned, prepared.held_out, settings.batch_size or 32, runtime)
         sample = prepared.calibration.feeds([0])
         before, after = replace(prepared.before, latency_ms=times[0]), measures(pruned, sample, times[1])
         achieved = Achieved.of(before, after)
@@ -137,7 +137,6 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
     if entry is not None:
         achieved = replace(achieved, latency=entry.measured.ratio)
     warnings += [*chooser.notes, *_misses(wanted, achieved, after)]
-    data = prepared.calibration
     report = Report(
         target=Target(wanted.speedup, wanted.by),
         limits=wanted.most,
@@ -155,11 +154,11 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
         removed=_removed(prepared, plan),
         proof=proof,
         fidelity=fidelity,
-        data=DataEntry(data.source, len(data), data.digest, data.is_random),
+        data=prepared.data,
         seed=settings.seed,
         timings=_own(shared, earlier, progress.timings),
-        versions=_versions(),
-        hashes={"model": plan.model, "pruned": digest(pruned), "data": data.digest},
+        versions=versions(),
+        hashes={"model": plan.model, "pruned": digest(pruned), "data": prepared.data.digest},
         warnings=tuple(warnings),
         options={
             "select": settings.select,
@@ -169,6 +168,7 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
             "multiple": settings.multiple,
             "samplers": settings.samplers,
             "approximate": settings.approximate,
+            "stats": None if settings.stats is None else str(settings.stats),
         },
         latency=entry,
         approximate=tuple(analysis.graph.nodes[index].label for index in approximate_nodes(analysis, plan)),
@@ -190,7 +190,7 @@ def _cut_and_prove(prepared: Prepared, counts: np.ndarray) -> tuple[Plan, onnx.M
     analysis, network, chooser = prepared.analysis, prepared.network, prepared.chooser
     arrays: Mapping[str, np.ndarray] = {}
     if prepared.settings.reconstruct:
-        arrays = chooser.sweep(counts)
+        arrays = chooser.sweep(counts) if prepared.kept is None else chooser.fit_once(counts)
     else:
         chooser.choose(counts)
     names = {info.group.index: info.name for info in analysis.groups}
@@ -260,13 +260,3 @@ def _own(shared: Mapping[str, float], earlier: Mapping[str, float], now: Mapping
         for name, seconds in now.items()
         if name in shared or seconds > earlier.get(name, 0.0)
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("onnxprune", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "scipy", "scikit-learn"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -54,6 +54,7 @@ class Chooser:
     kept: dict[int, np.ndarray] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # for the report
+    damage: list[tuple[list[int], list[float]]] | None = None  # per group, kept counts and what they do to the output
     priced: list[np.ndarray] | None = None  # per group, damage for every kept count
 
     def __post_init__(self) -> None:
@@ -101,9 +102,15 @@ class Chooser:
     # ------------------------------------------------------------------------------------------------- budget
 
     def price(self) -> None:
-        """Measure what every width of every group costs in damage to the output, where the budget asks for that."""
-        if self.method != "slimming":
-            self.priced = self.curves()
+        """Find what every width of every group costs in damage to the output, where the budget asks for that."""
+        if self.method == "slimming":
+            return
+        if self.damage is None:
+            self.damage = self.measured_damage()
+        self.priced = [
+            budget.interpolate(info.units, *found, ranking.errors)
+            for info, found, ranking in zip(self.analysis.groups, self.damage, self.rankings, strict=True)
+        ]
 
     def allocate(self, limits: Sequence[Limit], choices: Sequence[np.ndarray]) -> np.ndarray:
         """Kept counts within the limits: by measured damage, or the same share of every group where none was priced."""
@@ -117,8 +124,8 @@ class Chooser:
             return budget.uniform(units, together, 1.0, choices)
         return budget.allocate_within(self.priced, costs, most, choices)
 
-    def curves(self) -> list[np.ndarray]:
-        """Per group the damage to the output for every kept count."""
+    def measured_damage(self) -> list[tuple[list[int], list[float]]]:
+        """Per group a few kept counts, and the damage to the output at each."""
         batches = Batches(
             self.pricing, self.batch or batch_size(self.analysis, [r.layer.data for r in self.readers]), self.seed
         )
@@ -129,10 +136,7 @@ class Chooser:
                 for info, counts in zip(self.analysis.groups, levels, strict=True)
             }
             damage = measure(self.analysis, variants, batches, self.runtime, self.progress)
-        return [
-            budget.interpolate(info.units, levels[g], damage[g], self.rankings[g].errors)
-            for g, info in enumerate(self.analysis.groups)
-        ]
+        return [(levels[g], damage[g]) for g in range(len(levels))]
 
     @staticmethod
     def _levels(units: int) -> list[int]:
@@ -168,26 +172,11 @@ class Chooser:
 
         May be asked again with other counts: nothing is left of what was chosen before.
         """
-        self.errors.clear()
-        self.notes.clear()
-        self.choose(counts)
+        silent, arrays = self._start(counts)
         pending = self._chosen_on_the_way(counts)
-        arrays: Arrays = {}
-        silent: dict[str, np.ndarray] = {}
-        for info in self.analysis.groups:
-            if len(self.kept[info.group.index]) < info.units and unfitted_weights(info, self.analysis, self.readers):
-                for name, gone in removed_weights(info, self.analysis, self.kept[info.group.index]).items():
-                    silent[name] = gone | silent.get(name, False)
-        for name, gone in silent.items():
-            arrays[name] = without(self.analysis.graph.array(name), gone)
         for group in pending:
             del self.kept[group]
-        heads = {r.index for r in self.readers if not r.columns}
-        cut = [
-            r
-            for r in self.readers
-            if r.index in heads or any(counts[g] < self.analysis.groups[g].units for g in r.columns)
-        ]
+        cut = [r for r in self.readers if not r.columns or self._is_cut(r, counts)]
         size = self.batch or batch_size(self.analysis, [r.layer.data for r in cut])
         runner = Sweep(
             self.analysis,
@@ -206,25 +195,61 @@ class Chooser:
                     self.method, info, self._problems(info, {reader.index: together}), self.analysis, self.seed
                 )
                 self.kept[group] = ranking.kept(int(counts[group]))
-            left = np.setdiff1d(np.arange(reader.width), self._gone(reader))
-            left = left[:-1] if not reader.layer.bias else left
+            left = self._left(reader)
             fits = [fit(part, left, weights) for part, weights in zip(folds, reader.weights, strict=True)]
             if samples is not None:
                 fits = [refine(fits[0], *samples.arrays(), samples.saturation, left, reader.weights[0])]
-            self._note(reader, fits)
-            found = stored_tensors(self.analysis.graph, reader.layer, np.stack([f.weights for f in fits]))
-            found = {name: without(array, silent.get(name)) for name, array in found.items()}
-            if self._fits(found):
-                return found
-            # the old ones stay, with zeros where units went
-            kind = self.analysis.graph.array(reader.layer.weight).dtype
-            self.notes.append(f"the weights fitted for {reader.layer.node.label!r} do not fit into {kind}: not fitted")
-            gone = np.ones((1, reader.width, 1))
-            gone[:, self._gone(reader)] = 0.0
-            return stored_tensors(self.analysis.graph, reader.layer, reader.weights * gone)
+            return self._fitted(reader, fits, silent)
 
         with self.progress.stage("reconstruct", len(cut)):
             return runner.run(fit_reader, self._fit_block, self.progress)
+
+    def fit_once(self, counts: np.ndarray) -> Arrays:
+        """Choose, and fit every reader to what it gave in the original, from the statistics alone; as `sweep` does."""
+        silent, arrays = self._start(counts)
+        cut = [r for r in self.readers if r.index in self.statistics and self._is_cut(r, counts)]
+        with self.progress.stage("reconstruct", len(cut)):
+            for reader in cut:
+                left = self._left(reader)
+                parts = zip(self.statistics[reader.index], reader.weights, strict=True)
+                fits = [fit([part], left, weights, [_RIDGE]) for part, weights in parts]
+                arrays |= self._fitted(reader, fits, silent)
+                self.progress.advance()
+        return arrays
+
+    def _start(self, counts: np.ndarray) -> tuple[dict[str, np.ndarray], Arrays]:
+        """Choose by the ranks on the original; what has to be zero for that, and those tensors."""
+        self.errors.clear()
+        self.notes.clear()
+        self.choose(counts)
+        silent: dict[str, np.ndarray] = {}
+        for info in self.analysis.groups:
+            if len(self.kept[info.group.index]) < info.units and unfitted_weights(info, self.analysis, self.readers):
+                for name, gone in removed_weights(info, self.analysis, self.kept[info.group.index]).items():
+                    silent[name] = gone | silent.get(name, False)
+        return silent, {name: without(self.analysis.graph.array(name), gone) for name, gone in silent.items()}
+
+    def _is_cut(self, reader: Reader, counts: np.ndarray) -> bool:
+        return any(counts[g] < self.analysis.groups[g].units for g in reader.columns)
+
+    def _left(self, reader: Reader) -> np.ndarray:
+        """Columns of a reader that a fit may use."""
+        left = np.setdiff1d(np.arange(reader.width), self._gone(reader))
+        return left[:-1] if not reader.layer.bias else left
+
+    def _fitted(self, reader: Reader, fits: Sequence[Fit], silent: Mapping[str, np.ndarray]) -> Arrays:
+        """A reader's fits as stored tensors."""
+        self._note(reader, fits)
+        found = stored_tensors(self.analysis.graph, reader.layer, np.stack([f.weights for f in fits]))
+        found = {name: without(array, silent.get(name)) for name, array in found.items()}
+        if self._fits(found):
+            return found
+        # the old ones stay, with zeros where units went
+        kind = self.analysis.graph.array(reader.layer.weight).dtype
+        self.notes.append(f"the weights fitted for {reader.layer.node.label!r} do not fit into {kind}: not fitted")
+        gone = np.ones((1, reader.width, 1))
+        gone[:, self._gone(reader)] = 0.0
+        return stored_tensors(self.analysis.graph, reader.layer, reader.weights * gone)
 
     def _fits(self, arrays: Arrays) -> bool:
         """Whether the model's types can hold the values."""

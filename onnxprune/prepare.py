@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,8 @@ from onnxprune.costs import Cost
 from onnxprune.counting import count_model_macs, count_peak_memory, nominal_shapes
 from onnxprune.data import Calibration, InputSpec, Preprocessing, load_calibration
 from onnxprune.deployed import deployed_feeds
-from onnxprune.errors import InternalError
+from onnxprune.errors import InputError, InternalError
+from onnxprune.gathered import Gathered
 from onnxprune.graph import Graph, read_model
 from onnxprune.groups import Kind, Seed
 from onnxprune.macs import uncounted
@@ -25,14 +29,14 @@ from onnxprune.pipeline import Chooser
 from onnxprune.plan import Plan
 from onnxprune.probe import Feeds, probe
 from onnxprune.progress import Progress
-from onnxprune.report import Measures
+from onnxprune.report import DataEntry, Measures
 from onnxprune.rewrite import CannotRepair, rewrite
 from onnxprune.runtime import Runtime
 from onnxprune.samplers import samplable
 from onnxprune.selection import FROM_ACTIVATIONS
 from onnxprune.settings import Settings
 from onnxprune.targets import counted_costs, widths
-from onnxprune.tensors import size_of
+from onnxprune.tensors import digest, size_of
 
 DEFAULT_SAMPLES = 2000
 _SAMPLING = {"macs", "params"}  # costs to which a sampler adds nothing
@@ -66,8 +70,10 @@ class Prepared:
         graph: the same, as a graph.
         network: the normalised network and its groups.
         runtime: how to run.
-        calibration: the data.
-        held_out: the part that fidelity is judged by.
+        kept: what an earlier run collected, where that takes the place of data.
+        calibration: the data, or what stands in for them.
+        data: for the report; where from the statistics are.
+        held_out: what fidelity is judged by; None where there are no data to do so.
         before: what the original costs.
         deployed: inputs of the sizes that the model is used with.
         costs: by name, of all that is limited.
@@ -82,8 +88,10 @@ class Prepared:
     graph: Graph
     network: Cuttable
     runtime: Runtime
+    kept: Gathered | None
     calibration: Calibration
-    held_out: Calibration
+    data: DataEntry
+    held_out: Calibration | None
     before: Measures
     deployed: Mapping[str, np.ndarray]
     costs: Mapping[str, Cost]
@@ -98,14 +106,45 @@ class Prepared:
         return self.network.analysis
 
     def gather(self) -> None:
-        """Collect, rank and price, all that costs passes over the data."""
+        """Collect, rank and price, all that costs passes over the data; or take it from a file.
+
+        Raises:
+            InputError: the file does not hold what is asked for.
+        """
         settings, chooser = self.settings, self.chooser
-        measured = settings.reconstruct or settings.select in FROM_ACTIVATIONS
-        if measured:
+        if self.kept is not None and settings.measured:
+            where = f"statistics {settings.stats}"
+            chooser.statistics = self.kept.statistics(chooser.readers, where)
+            if settings.select != "slimming":
+                chooser.damage = self.kept.prices(self.analysis.groups, settings.select, where)
+        elif settings.measured:
             chooser.collect()
         chooser.rank()
-        if measured:
+        if settings.measured:
             chooser.price()
+
+    def gathered(self) -> Gathered:
+        """What was collected, to keep."""
+        settings, chooser = self.settings, self.chooser
+        preprocessing = settings.preprocessing or Preprocessing()
+        about = {
+            "data": dataclasses.asdict(self.data),
+            "warnings": list(self.calibration.warnings),
+            "sizes": {name: array.shape for name, array in self.calibration.feeds([0]).items()},
+            "samples": settings.samples or DEFAULT_SAMPLES,
+            "seed": settings.seed,
+            "preprocessing": dataclasses.asdict(preprocessing),
+            "versions": versions(),
+        }
+        return Gathered.of(
+            digest(self.original),
+            settings.select,
+            chooser.readers,
+            chooser.statistics,
+            self.analysis.groups,
+            chooser.damage or [],
+            about,
+        )
 
 
 def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: Progress) -> Prepared:
@@ -120,8 +159,17 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
         original = model if isinstance(model, onnx.ModelProto) else read_model(Path(model))
         runtime = runtime.suited(original)
         graph = Graph(original, path.parent if path else None)
-        calibration = _load(graph, path, settings, runtime)
+        kept = _kept(original, settings)
+        calibration = _load(graph, path, settings, runtime, kept)
         fit_data, held_out = _split(calibration)
+        data = DataEntry(calibration.source, len(calibration), calibration.digest, calibration.is_random)
+        judging: Calibration | None = held_out
+        if kept is not None:
+            data, own = DataEntry(**kept.about["data"]), data
+            if settings.data is None:
+                judging = None
+            elif own.digest != data.digest or settings.seed != kept.about["seed"]:
+                judging = calibration  # others than those that the statistics are of
     with progress.stage("groups"):
         costly = {settings.by, *settings.most}
         sampling = settings.samplers and settings.select in FROM_ACTIVATIONS and costly <= _SAMPLING
@@ -143,14 +191,16 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
         graph,
         network,
         runtime,
+        kept,
         calibration,
-        held_out,
+        data,
+        judging,
         measures(original, sample),
         deployed_feeds(graph.inputs, sample, settings.shapes, settings.batch),
         counted_costs(analysis, costly, network.copies),
         widths(analysis, settings.multiple),
         Chooser(analysis, fit_data, runtime, progress, settings.select, settings.seed, settings.batch_size),
-        tuple(_warnings(analysis, calibration, settings)),
+        tuple(_warnings(analysis, calibration, settings, kept)),
         progress,
     )
 
@@ -161,10 +211,36 @@ def measures(model: onnx.ModelProto, batch: Mapping[str, np.ndarray], latency: L
     return Measures(macs, params(model), size_of(model), latency, memory)
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that the outcome depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("onnxprune", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "scipy", "scikit-learn"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------- the data
 
 
-def _load(graph: Graph, path: Path | None, settings: Settings, runtime: Runtime) -> Calibration:
+def _kept(original: onnx.ModelProto, settings: Settings) -> Gathered | None:
+    """What an earlier run collected of this very model."""
+    if settings.stats is None:
+        return None
+    found = Gathered.read(Path(settings.stats))
+    if found.model != digest(original):
+        raise InputError(
+            f"statistics {settings.stats}: collected from another model than this one (SHA-256 {found.model[:12]}…);"
+            " onnxprune collect makes those of this model"
+        )
+    return found
+
+
+def _load(graph: Graph, path: Path | None, settings: Settings, runtime: Runtime, kept: Gathered | None) -> Calibration:
+    if kept is not None and settings.data is None:  # random numbers of the sizes that the data had
+        return load_calibration(None, graph.inputs, samples=8, seed=settings.seed, dynamic=kept.about["sizes"])
     calibration = load_calibration(
         settings.data,
         graph.inputs,
@@ -202,11 +278,19 @@ def _of_one_sample(graph: Graph, feeds: Sequence[Feeds]) -> dict[str, tuple[int,
     return {spec.name: tuple(size(spec, axis) for axis in range(len(spec.shape))) for spec in graph.inputs}
 
 
-def _warnings(analysis: Analysis, calibration: Calibration, settings: Settings) -> list[str]:
-    found = list(calibration.warnings)
+def _warnings(analysis: Analysis, calibration: Calibration, settings: Settings, kept: Gathered | None) -> list[str]:
+    found = list(calibration.warnings if kept is None else kept.about["warnings"])
+    if kept is not None:
+        if settings.reconstruct:
+            found.append(
+                "weights were fitted once, to statistics of the original network (--stats): with the data they are"
+                " fitted to the network as pruned so far, which keeps more"
+            )
+        if settings.data is None:
+            found.append("fidelity was not measured: there were no data (--data gives some)")
     if hidden := uncounted(analysis.graph.model):
         found.append(f"{hidden} layers in bodies of If, Loop or Scan stay as they are, and are not counted")
-    if len(calibration) < _FEWEST_TO_SPLIT:
+    if kept is None and len(calibration) < _FEWEST_TO_SPLIT:
         found.append(f"only {len(calibration)} samples: fidelity is measured on those that the weights were fitted to")
     if settings.reconstruct:
         found += _quantised(analysis)

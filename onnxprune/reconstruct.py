@@ -63,20 +63,21 @@ def _solve(statistics: Statistics, kept: np.ndarray, prior: np.ndarray, ridge: f
     return weights
 
 
-def fit(folds: Sequence[Statistics], kept: np.ndarray, prior: np.ndarray) -> Fit:
+def fit(folds: Sequence[Statistics], kept: np.ndarray, prior: np.ndarray, ridges: Sequence[float] = RIDGES) -> Fit:
     """Choose the ridge on the half that was not fitted, then fit on everything.
 
     Args:
-        folds: statistics of two disjoint halves of the samples.
+        folds: statistics of two disjoint halves of the samples; of a single part, the last ridge is taken.
         kept: indices of the kept columns.
         prior: (p, o) the weights as they are; without a fit, those of the kept columns would be used.
+        ridges: to choose from.
     """
     total = folds[0]
     for other in folds[1:]:
         total = total + other
-    best, score = RIDGES[-1], np.inf
+    best, score = ridges[-1], np.inf
     if len(folds) > 1 and all(f.rows for f in folds):
-        for ridge in RIDGES:
+        for ridge in ridges:
             seen = 0.0
             for k, held in enumerate(folds):
                 rest = [f for j, f in enumerate(folds) if j != k]

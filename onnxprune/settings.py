@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from onnxprune.errors import InputError
 from onnxprune.images import Preprocessing
-from onnxprune.selection import METHODS
+from onnxprune.selection import FROM_ACTIVATIONS, METHODS
 from onnxprune.targets import multiple_of
 
 
@@ -41,6 +42,7 @@ class Settings:
     approximate: bool = False
     best_effort: bool = False
     preprocessing: Preprocessing | None = None
+    stats: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.select not in METHODS:
@@ -60,3 +62,8 @@ class Settings:
     def multiple(self) -> int:
         """What kept channels are to be a multiple of."""
         return multiple_of(self.round_to, self.target)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the activations are looked at."""
+        return self.reconstruct or self.select in FROM_ACTIVATIONS

@@ -17,8 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from onnxprune import api, files, runtime
-from onnxprune.cli import PROVIDERS, main
+from onnxprune.cli import main
 from onnxprune.errors import InternalError
+from onnxprune.options import PROVIDERS
 from onnxprune.report import Report
 
 WIDTH = 16
