@@ -65,6 +65,13 @@ def _softmax(op: OpView) -> Relation | Refusal:
     return relate([text], [text])
 
 
+def _instance_normalization(op: OpView) -> Relation | Refusal:
+    """`n c !*, c, c -> n c !*`"""
+    names = letters(op.in_shape(0))
+    full = " ".join([*names[:2], *(f"!{n}" for n in names[2:])])
+    return relate([full, names[1], names[1]], [full])
+
+
 def _layer_normalization(op: OpView) -> Relation | Refusal:
     """`... !d, !d, !d -> ... !d`"""
     names = letters(op.in_shape(0))
@@ -111,6 +118,11 @@ def _share(op: OpView, kept: Kept, first: int) -> float:
 def _mend_layer(op: OpView, kept: Kept) -> Repair:
     """Scale and epsilon, where channels go: as if they were zero."""
     return _scaled(op, kept, 1, _share(op, kept, op.axis(-1)))
+
+
+def _mend_instance(op: OpView, kept: Kept) -> Repair:
+    """Scale and epsilon, where positions go: as if they were zero."""
+    return _scaled(op, kept, 1, _share(op, kept, 2))
 
 
 def _mend_skip(op: OpView, kept: Kept) -> Repair:
@@ -174,7 +186,8 @@ def register(table: Table) -> None:
     """Add the rows of this file."""
     # a channel whose scale and bias are zero comes out as zero, whatever its mean and variance
     add(table, "BatchNormalization", Row(_batch_normalization, weights=(1, 2), zero=((1, 2),)))
-    add(table, "InstanceNormalization", Row("n c *, c, c -> n c *", weights=(1, 2), zero=((1, 2),)))
+    instance = Row(_instance_normalization, repair=_mend_instance, weights=(1, 2), zero=((1, 2),), approximable=True)
+    add(table, "InstanceNormalization", instance)
     # the older sets have none of their own, and onnxruntime's optimizer puts it there all the same
     layer = Row(_layer_normalization, repair=_mend_layer, weights=(1, 2), zero=((1, 2),), approximable=True)
     add(table, "LayerNormalization SimplifiedLayerNormalization", layer)
