@@ -66,6 +66,7 @@ def prune(
     threads: int = 0,
     provider: str = "cpu",
     select: str = "greedy",
+    budget: str = "auto",
     reconstruct: bool = True,
     only: str | None = None,
     exclude: str | None = None,
@@ -97,7 +98,10 @@ def prune(
         seed: of every random draw.
         threads: of the runtime; 0 is its own choice.
         provider: cpu, cuda, tensorrt, openvino, coreml or dml.
-        select: how channels are chosen: greedy, lasso, l1, slimming or random.
+        select: how channels are chosen: greedy, lasso, wanda, l1, slimming or random.
+        budget: how the cost is shared out among the groups: "auto" by what a narrower group does to the output where
+            activations are looked at (by one threshold for slimming), "uniform" the same share of every group,
+            "papers" as He et al. 2017 did it for VGG-16 (see `onnxprune.budget.by_stage`).
         reconstruct: fit the remaining weights again by least squares.
         only: regular expression; only layers with such a node name are made narrower.
         exclude: regular expression; layers with such a node name are left as they are.
@@ -133,6 +137,7 @@ def prune(
         threads=threads,
         provider=provider,
         select=select,
+        budget=budget,
         reconstruct=reconstruct,
         only=only,
         exclude=exclude,

@@ -13,6 +13,8 @@ import numpy as np
 
 from onnxprune.costs import Cost, Several
 
+ALLOCATIONS = ("auto", "uniform", "papers")  # ways to share out the cost, see `onnxprune.prune`
+DEEPER = 1.5  # share kept in the last but one stage, relative to the earlier ones (He et al. 2017, section 4.1)
 _SHARINGS = 6  # of a price among several limits
 _SHARPNESS = 2.0  # with which price moves to the scarcest
 
@@ -177,23 +179,63 @@ def _snap(counts: np.ndarray, choices: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([c[k] for c, k in zip(choices, places, strict=True)], dtype=np.int64)
 
 
-def uniform(units: Sequence[int], cost: Cost, limit: float, choices: Sequence[np.ndarray] | None = None) -> np.ndarray:
-    """The same share of every group, as large as the limit allows."""
-    sizes = np.asarray(units)
+def uniform(
+    units: Sequence[int],
+    cost: Cost,
+    limit: float,
+    choices: Sequence[np.ndarray] | None = None,
+    shares: Sequence[float] | None = None,
+) -> np.ndarray:
+    """The same share of every group, as large as the limit allows; or, with ``shares``, in these proportions."""
     choices = choices or every_count(units)
+    sizes = np.asarray(units)
+    weights = np.ones(len(sizes)) if shares is None else np.asarray(shares) / min(shares, default=1.0)
+
+    def at(share: float) -> np.ndarray:
+        return _snap(np.round(sizes * np.minimum(share * weights, 1.0)), choices)
+
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2.0
-        fits = cost.total(_snap(np.round(sizes * middle), choices)) <= limit
+        fits = cost.total(at(middle)) <= limit
         low, high = (middle, high) if fits else (low, middle)
-    kept = _snap(np.round(sizes * low), choices)
-    # what rounding leaves over goes round, to each group once at a time, so that the shares stay alike
-    even = [np.linspace(1.0, 0.0, n + 1) for n in units]
+    kept = at(low)
+    # what rounding leaves over goes round, to each group once at a time, so that the shares stay as they are
+    even = [np.linspace(w, 0.0, n + 1) for n, w in zip(units, weights, strict=True)]
     while True:
         more = _fill(kept, even, cost, limit, choices, 1)
         if (more == kept).all():
             return kept
         kept = more
+
+
+def by_stage(
+    units: Sequence[int],
+    stages: Sequence[int],
+    cost: Cost,
+    limit: float,
+    choices: Sequence[np.ndarray] | None = None,
+) -> np.ndarray:
+    """The rule of He et al. 2017 for VGG-16: of the last stage everything, of the one before 1.5 times the share of the
+    others. Where the last stage cannot stay whole, its share is that of the one before; one stage alone is uniform.
+
+    Args:
+        units: of every group.
+        stages: of every group, counted from the input.
+        cost: of kept counts.
+        limit: of the cost, in its unit.
+        choices: per group the kept counts to choose from, ascending; all of them from one on, unless given.
+    """
+    choices = choices or every_count(units)
+    order = sorted(set(stages))
+    deep = set(order[-2:]) if len(order) > 1 else set()
+    shares = [DEEPER if stage in deep else 1.0 for stage in stages]
+    if len(order) > 1:
+        whole = [c[-1:] if stage == order[-1] else c for c, stage in zip(choices, stages, strict=True)]
+        kept = uniform(units, cost, limit, whole, shares)
+        if cost.total(kept) <= limit:
+            return kept
+    return uniform(units, cost, limit, choices, shares)
 
 
 def global_threshold(

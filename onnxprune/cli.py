@@ -25,6 +25,7 @@ from onnxprune.options import (
     ratios,
     shape,
     with_approximate,
+    with_budget,
     with_choosing,
     with_data,
     with_layers,
@@ -119,6 +120,7 @@ def cli() -> None:
 @with_threads
 @with_provider
 @with_choosing
+@with_budget
 @click.option(
     "--stats",
     type=FILE,

@@ -162,6 +162,7 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
         warnings=tuple(warnings),
         options={
             "select": settings.select,
+            "budget": settings.budget,
             "reconstruct": settings.reconstruct,
             "only": settings.only,
             "exclude": settings.exclude,

@@ -13,7 +13,8 @@ import click
 
 PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "coreml", "dml")
 BUDGETS = ("macs", "params", "memory", "latency")
-SELECTIONS = ("greedy", "lasso", "l1", "slimming", "random")
+ALLOCATIONS = ("auto", "uniform", "papers")
+SELECTIONS = ("greedy", "lasso", "wanda", "l1", "slimming", "random")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -138,6 +139,13 @@ with_choosing = _options(
         show_default=True,
         help="Let blocks choose among the channels of a residual stream, with a Gather in front.",
     ),
+)
+with_budget = click.option(
+    "--budget",
+    type=click.Choice(ALLOCATIONS),
+    default="auto",
+    help="How the cost is shared out: by measured damage (auto), the same share of every group (uniform), or as He et"
+    " al. 2017 did: early stages most, the last one not (papers). Default auto.",
 )
 with_talk = _options(
     click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object on stdout."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -46,6 +47,7 @@ class Chooser:
     runtime: Runtime
     progress: Progress
     method: str
+    budget: str
     seed: int
     batch: int | None = None
     readers: tuple[Reader, ...] = ()
@@ -103,7 +105,7 @@ class Chooser:
 
     def price(self) -> None:
         """Find what every width of every group costs in damage to the output, where the budget asks for that."""
-        if self.method == "slimming":
+        if self.method == "slimming" or self.budget != "auto":
             return
         if self.damage is None:
             self.damage = self.measured_damage()
@@ -113,11 +115,16 @@ class Chooser:
         ]
 
     def allocate(self, limits: Sequence[Limit], choices: Sequence[np.ndarray]) -> np.ndarray:
-        """Kept counts within the limits: by measured damage, or the same share of every group where none was priced."""
+        """Kept counts within the limits: by measured damage, or the same share of every group where none was priced.
+
+        The other ways are those of the option ``budget``, see `onnxprune.prune`.
+        """
         units = [g.units for g in self.analysis.groups]
         costs, most = [each.cost for each in limits], [each.limit for each in limits]
         together = Several(costs, most, [1.0] * len(costs))
-        if self.method == "slimming":
+        if self.budget == "papers":
+            return budget.by_stage(units, stages(self.analysis), together, 1.0, choices)
+        if self.method == "slimming" and self.budget == "auto":
             scores = [scales(info, self.analysis) for info in self.analysis.groups]
             return budget.global_threshold(scores, together, 1.0, choices)
         if self.priced is None:
@@ -302,6 +309,22 @@ class Chooser:
         error = float(np.mean([f.error for f in fits]))
         for group in reader.columns:
             self.errors[group] = max(self.errors.get(group, 0.0), error)
+
+
+def stages(analysis: Analysis) -> list[int]:
+    """Of every group its stage, counted from the input: layers whose outputs have as many positions are in one."""
+    sizes: list[int] = []  # of the stages, in graph order
+    made: dict[str, int] = {}
+    for layer in analysis.layers:
+        shape = list(analysis.shapes.shape(layer.output) or (1,))
+        channels = layer.channel_axis % len(shape)
+        positions = math.prod(size for axis, size in enumerate(shape) if axis not in (0, channels))
+        if positions not in sizes:
+            sizes.append(positions)
+        made[layer.node.label] = sizes.index(positions)
+    # the channels that a sampler chooses are made by nobody, but read
+    around = [info.producers or info.consumers for info in analysis.groups]
+    return [max((made.get(name, 0) for name in names), default=0) for names in around]
 
 
 def without(array: np.ndarray, gone: np.ndarray | None) -> np.ndarray:

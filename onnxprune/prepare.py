@@ -185,6 +185,8 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
         )
     analysis = network.analysis
     sample = calibration.feeds([0])
+    how = (settings.select, settings.budget, settings.seed, settings.batch_size)
+    chooser = Chooser(analysis, fit_data, runtime, progress, *how)
     return Prepared(
         settings,
         original,
@@ -199,7 +201,7 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
         deployed_feeds(graph.inputs, sample, settings.shapes, settings.batch),
         counted_costs(analysis, costly, network.copies),
         widths(analysis, settings.multiple),
-        Chooser(analysis, fit_data, runtime, progress, settings.select, settings.seed, settings.batch_size),
+        chooser,
         tuple(_warnings(analysis, calibration, settings, kept)),
         progress,
     )

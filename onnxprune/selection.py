@@ -9,11 +9,11 @@ import numpy as np
 from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.errors import InputError
 from onnxprune.readers import Reader
-from onnxprune.select import Problem, Ranking, greedy, lasso, ordered
+from onnxprune.select import Problem, Ranking, greedy, lasso, ordered, wanda
 from onnxprune.statistics import Statistics
 
-METHODS = ("greedy", "lasso", "l1", "slimming", "random")
-FROM_ACTIVATIONS = ("greedy", "lasso")
+METHODS = ("greedy", "lasso", "wanda", "l1", "slimming", "random")
+FROM_ACTIVATIONS = {"greedy": greedy, "lasso": lasso, "wanda": wanda}
 
 
 def problems_of(
@@ -63,7 +63,7 @@ def rank(method: str, info: GroupInfo, problems: list[Problem], analysis: Analys
         return ordered(np.argsort(-scales(info, analysis), kind="stable"))
     if method == "l1" or not problems:
         return ordered(np.argsort(-filter_norms(info, analysis), kind="stable"))
-    return greedy(problems) if method == "greedy" else lasso(problems)
+    return FROM_ACTIVATIONS[method](problems)
 
 
 def filter_norms(info: GroupInfo, analysis: Analysis) -> np.ndarray:

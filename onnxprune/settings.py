@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnxprune.budget import ALLOCATIONS
 from onnxprune.errors import InputError
 from onnxprune.images import Preprocessing
 from onnxprune.selection import FROM_ACTIVATIONS, METHODS
@@ -35,6 +36,7 @@ class Settings:
     threads: int = 0
     provider: str = "cpu"
     select: str = "greedy"
+    budget: str = "auto"
     reconstruct: bool = True
     only: str | None = None
     exclude: str | None = None
@@ -47,6 +49,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.select not in METHODS:
             raise InputError(f"unknown selection {self.select!r}; expected one of {', '.join(METHODS)}")
+        if self.budget not in ALLOCATIONS:
+            raise InputError(f"unknown budget {self.budget!r}; expected one of {', '.join(ALLOCATIONS)}")
         for name, value in (("samples", self.samples), ("batch size", self.batch_size)):
             if value is not None and value < 1:
                 raise InputError(f"expected a number of {name} of at least 1, found {value}")

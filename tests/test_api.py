@@ -555,3 +555,16 @@ def test_layers_that_are_fitted_together_may_have_readers_far_apart() -> None:
     expected = run(model, {"x": data})[0]
     errors = [np.linalg.norm(run(r.model, {"x": data})[0] - expected) for r in (fitted, sliced)]
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("budget", ["uniform", "papers"])
+def test_budgets_without_measurements_meet_the_speed_up(budget: str) -> None:
+    result = pruned("digits_resnet", select="wanda", budget=budget, samples=FEW)
+    assert 2.0 <= result.report.achieved.macs <= 2.1
+    assert "sensitivity" not in result.report.timings
+    assert result.report.options["budget"] == budget
+
+
+def test_an_unknown_budget_is_refused() -> None:
+    with pytest.raises(InputError, match="unknown budget 'best'; expected one of auto, uniform, papers"):
+        pruned("digits_resnet", budget="best", samples=FEW)

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxprune.analysis import Analysis, analyse
-from onnxprune.budget import allocate, global_threshold, interpolate, uniform
+from onnxprune.budget import DEEPER, allocate, by_stage, global_threshold, interpolate, uniform
 from onnxprune.costs import CostModel
 from onnxprune.counting import count_model_macs, nominal_shapes
 from onnxprune.graph import Graph
 from onnxprune.normalise import normalise
+from onnxprune.pipeline import stages
 from onnxprune.plan import Plan
 from onnxprune.probe import probe
 from onnxprune.rewrite import rewrite
@@ -386,3 +387,40 @@ def test_interpolation_knows_the_rest_where_the_errors_end_early() -> None:
     errors = np.linspace(3, 0, 11)
     errors[:2] = np.nan
     assert np.isfinite(interpolate(10, [2, 5], [2.0, 1.0], errors)).all()
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
+def test_by_stage_keeps_the_last_whole_and_more_of_the_one_before(share: float) -> None:
+    analysis = prepared("vgg")[0]
+    cost, units = CostModel(analysis), units_of(analysis)
+    places = list(range(len(units)))
+    kept = by_stage(units.tolist(), places, cost, analysis.macs * share)
+    assert cost.total(kept) <= analysis.macs * share
+    rest = units.copy()
+    rest[:-1] = 1
+    kept_shares = kept / units
+    if cost.total(rest) <= analysis.macs * share:
+        assert kept[-1] == units[-1]
+        assert kept_shares[-2] == pytest.approx(min(DEEPER * kept_shares[:-2].mean(), 1.0), abs=1.5 / units.min())
+    one = by_stage(units.tolist(), [0] * len(units), cost, analysis.macs * share)
+    assert (one == uniform(units.tolist(), cost, analysis.macs * share)).all()
+
+
+def test_by_stage_narrows_the_last_where_it_must() -> None:
+    analysis = prepared("vgg")[0]
+    cost, units = CostModel(analysis), units_of(analysis)
+    tight = units.copy()
+    tight[:-1] = 1
+    limit = (cost.total(tight) + cost.total(np.ones_like(units))) / 2
+    kept = by_stage(units.tolist(), list(range(len(units))), cost, limit)
+    assert kept[-1] < units[-1]
+    assert cost.total(kept) <= limit
+
+
+def test_stages_are_told_by_the_number_of_positions() -> None:
+    g = Builder()
+    x = g.Relu(g.conv(g.input("x", [1, 3, 8, 8]), 4, name="a"))
+    x = g.Relu(g.conv(x, 5, name="b", strides=[2, 2]))
+    x = g.Relu(g.conv(x, 6, name="c"))
+    analysis = analysed(g.model(g.gemm(g.Flatten(g.GlobalAveragePool(x)), 3, name="d")))[0]
+    assert dict(zip([i.name for i in analysis.groups], stages(analysis), strict=True)) == {"a": 0, "b": 1, "c": 1}

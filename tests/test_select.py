@@ -15,9 +15,9 @@ from sklearn.linear_model import Lasso, lars_path
 
 from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.errors import InputError
-from onnxprune.select import Problem, Ranking, greedy, lasso, ordered
+from onnxprune.select import Problem, Ranking, greedy, lasso, ordered, wanda
 from onnxprune.select.greedy import DAMPING
-from onnxprune.selection import METHODS, rank
+from onnxprune.selection import FROM_ACTIVATIONS, METHODS, rank
 from onnxprune.statistics import Statistics
 
 UNITS, TAPS, OUTPUTS, ROWS = 5, 2, 3, 60
@@ -301,6 +301,15 @@ def stored(analysis: Analysis, node: str, operand: int) -> np.ndarray:
     return analysis.graph.array(found.inputs[operand])
 
 
+def test_wanda_weighs_the_weights_by_what_they_meet() -> None:
+    one, two = Samples(0), Samples(1, scale=0.25)
+    total = np.zeros(UNITS)
+    for s in (one, two):
+        each = np.abs(s.weights).sum(axis=1) * np.linalg.norm(s.x, axis=0)
+        total += [np.sqrt(s.scale) * each[columns].sum() for columns in s.columns]
+    assert order_of(wanda([one.problem, two.problem])) == np.argsort(-total).tolist()
+
+
 def test_l1_adds_up_the_filters_of_all_producers() -> None:
     analysis = analysed(network())[0]
     for producers in (("one", "two"), ("three",)):
@@ -340,7 +349,7 @@ def test_every_method_keeps_as_many_as_asked_for(method: str) -> None:
         assert ranking.sets.sum(axis=1).tolist() == list(range(info.units + 1))
 
 
-@pytest.mark.parametrize("method", ["greedy", "lasso"])
+@pytest.mark.parametrize("method", FROM_ACTIVATIONS)
 def test_a_group_that_no_layer_reads_is_ranked_by_its_filters(method: str) -> None:
     analysis = analysed(network())[0]
     info = group_of(analysis, "one")
