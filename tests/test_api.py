@@ -321,7 +321,7 @@ def test_only_and_exclude_choose_the_layers(options: dict[str, Any], narrower: s
     [
         ({"speedup": 1.0}, "expected a speed-up above 1, found 1.0"),
         ({"speedup": float("nan")}, "expected a speed-up above 1, found nan"),
-        ({"select": "best"}, "unknown selection 'best'; expected one of greedy, lasso, l1, slimming, random"),
+        ({"select": "best"}, "unknown selection 'best'; expected one of greedy, lasso, wanda, l1, slimming, random"),
         ({"samples": 0}, "expected a number of samples of at least 1, found 0"),
         ({"batch_size": 0}, "expected a number of batch size of at least 1, found 0"),
         ({"only": "("}, r"--only '\(' is not a regular expression"),
