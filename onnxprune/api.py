@@ -19,6 +19,7 @@ from onnxprune.errors import InputError
 from onnxprune.finish import Result, aim, finish
 from onnxprune.gathered import Gathered
 from onnxprune.graph import Graph, read_model
+from onnxprune.journal import Journal
 from onnxprune.prepare import cuttable, prepare
 from onnxprune.progress import Progress
 from onnxprune.runtime import Runtime
@@ -155,6 +156,7 @@ def prune_family(
     speedups: Sequence[float],
     *,
     progress: Progress | None = None,
+    journal: Journal | None = None,
     **options: Any,
 ) -> tuple[Result, ...]:
     """Make several smaller models from one look at the data: collected, ranked and priced once, fitted for each.
@@ -165,6 +167,7 @@ def prune_family(
         model: a file, or the model itself.
         speedups: cost before / after, one for each member.
         progress: receives the stages.
+        journal: keeps what is finished, for a run that goes on from there.
         **options: the others of `prune`; they hold for all members.
 
     Raises:
@@ -176,7 +179,7 @@ def prune_family(
     given = list(speedups)
     if not given or len(set(given)) < len(given):
         raise InputError(f"expected at least one speed-up, and each of them once, found {given}; try [1.5, 2, 3]")
-    return _family(model, given, Settings(**options), progress)
+    return _family(model, given, Settings(**options), progress, journal)
 
 
 @with_scratch
@@ -201,12 +204,18 @@ def collect(model: str | Path | onnx.ModelProto, *, progress: Progress | None = 
 
 @with_scratch
 def _family(
-    model: str | Path | onnx.ModelProto, speedups: Sequence[float], settings: Settings, progress: Progress | None
+    model: str | Path | onnx.ModelProto,
+    speedups: Sequence[float],
+    settings: Settings,
+    progress: Progress | None,
+    journal: Journal | None = None,
 ) -> tuple[Result, ...]:
     progress = progress or Progress()
     wanted = [Wanted(speedup, settings.by, settings.most) for speedup in speedups]
     prepared = prepare(model, settings, progress)
     goals = [aim(prepared, each) for each in wanted]
+    if journal is not None:
+        prepared.keep(journal, speedups)
     prepared.gather()
     shared = dict(progress.timings)
     return tuple(finish(prepared, goal, shared) for goal in goals)

@@ -115,6 +115,11 @@ def _is_fixed(analysis: Analysis, reader: Reader) -> bool:
 
 Fitter = Callable[[Reader, list[list[Statistics]], Samples | None], Arrays]
 BlockFitter = Callable[[Network, BlockData, Sequence[Behind], Arrays], Arrays]
+Recall = Callable[[Reader | Block], Arrays | None]
+
+
+def _nothing(_: Reader | Block) -> Arrays | None:
+    """Nothing was fitted before."""
 
 
 class Sweep:
@@ -158,13 +163,15 @@ class Sweep:
         self._ends = {id(b): max(place[r.layer.node.index] for r in b.outer) for b in self.blocks}
         self._held = {id(b): {*b.held, *self._moving(b)[1]} for b in self.blocks}
 
-    def run(self, fit: Fitter, fit_block: BlockFitter, progress: Progress) -> Arrays:
+    def run(self, fit: Fitter, fit_block: BlockFitter, progress: Progress, recall: Recall = _nothing) -> Arrays:
         """Visit every reader and block.
 
         Args:
             fit: turns a reader's statistics (per group, per fold) into new stored tensors.
             fit_block: the same for a block and some samples of what it reads and should give.
             progress: advanced by one per reader.
+            recall: what an earlier run fitted to a reader or a block, where it came so far; both networks are then only
+                run on.
         """
         if not self.readers:
             return self.arrays
@@ -174,12 +181,14 @@ class Sweep:
             # until something changes, both networks are one
             pruned = self._enter(here, self.arrays, shelf) if self.arrays else list(original)
             taking = {id(b): Taking(b, self.graph, self.batches.parts, self.batches.seed) for b in self.blocks}
+            done = {id(b): recall(b) for b in self.blocks}
             for k, reader in enumerate(self.readers):
                 start, last = self.cuts[k], k + 1 == len(self.cuts)
                 stop = start + 1 if last else self.cuts[k + 1]
                 ahead = [] if last else self._frontier(stop)
                 behind = self._behind(reader, here)
                 blocks = [b for b in self.blocks if reader in b.outer]
+                known = recall(reader)
                 folds, samples = self._empty(reader), Samples.of(behind, reader, len(original))
                 piece = None
                 for batch in range(len(original)):
@@ -187,17 +196,19 @@ class Sweep:
                     piece = piece or self.segments.piece(start, stop, [*ahead, reader.layer.output], now)
                     found = piece.run(now)
                     output = found[reader.layer.output]
-                    self._add(folds, samples, reader, behind, batch, now, beside, output)
-                    for block in blocks:
+                    if known is None:
+                        self._add(folds, samples, reader, behind, batch, now, beside, output)
+                    for block in [b for b in blocks if done[id(b)] is None]:
                         taking[id(block)].add(batch, reader, behind, output, now, beside)
                     original[batch] = shelf.put({name: found[name] for name in ahead}, self._bytes(ahead))
-                self.arrays |= fit(reader, folds, samples)
+                self.arrays |= fit(reader, folds, samples) if known is None else known
                 for block in [b for b in blocks if self._ends[id(b)] == start]:
-                    taken = taking.pop(id(block))
-                    net = Network(self._wide, replace(self.runtime, as_float32=False), block)
-                    found = fit_block(net, taken.data(), taken.behind, self.arrays)
-                    self.arrays |= found
-                    if found:
+                    taken, changed = taking.pop(id(block)), done[id(block)]
+                    if changed is None:
+                        net = Network(self._wide, replace(self.runtime, as_float32=False), block)
+                        changed = fit_block(net, taken.data(), taken.behind, self.arrays)
+                    self.arrays |= changed
+                    if changed:
                         self._again(block, here, pruned, shelf)
                 if not last:
                     self._advance(start, stop, ahead, pruned, shelf)

@@ -39,6 +39,7 @@ from onnxprune.places import check_output, places, writing
 
 if TYPE_CHECKING:
     from onnxprune.images import Preprocessing
+    from onnxprune.journal import Journal
     from onnxprune.progress import Progress
 
 INTERRUPTED = 130
@@ -131,6 +132,7 @@ def cli() -> None:
 @with_approximate
 @click.option("--no-reconstruct", is_flag=True, help="Keep the weights as they are; only take channels out.")
 @with_layers
+@click.option("--resume", is_flag=True, help="Go on from where the same run was stopped.")
 @click.option("--best-effort", is_flag=True, help="Write the fastest model where the speed-up cannot be reached.")
 @with_preprocessing
 @with_talk
@@ -145,6 +147,7 @@ def prune(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    resume: bool,
     no_reconstruct: bool,
     **options: Any,
 ) -> None:
@@ -166,11 +169,13 @@ def prune(
             check_output(place, "report", "--report", {**sources, **taken}, force)
     preprocessing = _take_preprocessing(options)
     from onnxprune import api
-    from onnxprune.files import Together, write_model
+    from onnxprune.files import Together, cache_folder, write_model
+    from onnxprune.journal import Journal
     from onnxprune.report import family_to_json, to_json
 
-    with _progress(quiet) as progress:
-        options |= {"preprocessing": preprocessing, "shapes": dict(options["shapes"])}
+    journal = Journal(cache_folder() / "runs", resume=resume, say=lambda text: _warn([text], quiet))
+    with _progress(quiet) as progress, _kept_if_stopped(journal):
+        options |= {"preprocessing": preprocessing, "shapes": dict(options["shapes"]), "journal": journal}
         results = api.prune_family(
             model, speedups, progress=progress, data=data, stats=stats, reconstruct=not no_reconstruct, **options
         )
@@ -182,6 +187,7 @@ def prune(
         for result, path in zip(results, outputs, strict=True):
             now(path)
             write_model(result.model, path, force=force, files=files)
+    journal.end()
     for warning in dict.fromkeys(w for result in results for w in result.report.warnings):
         _warn([warning], quiet)
     written = [str(path) for path in outputs]
@@ -353,6 +359,16 @@ def _progress(quiet: bool) -> Iterator[Progress]:
 
     with text.TerminalProgress(text.console(sys.stderr)) as bars:
         yield bars
+
+
+@contextlib.contextmanager
+def _kept_if_stopped(journal: Journal) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if journal.count:
+            _say(f"{journal.count} finished steps are kept: the same command with --resume goes on from there")
+        raise
 
 
 def _warn(warnings: Sequence[str], quiet: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,20 @@ def write_bytes(data: bytes, path: Path) -> None:
     """Write a file whole or not at all."""
     with Together() as files, files.open(path) as file:
         file.write(data)
+
+
+def cache_folder() -> Path:
+    """Where a run may leave things for the next: the user's cache folder, or ``ONNXPRUNE_CACHE``."""
+    given = os.environ.get("ONNXPRUNE_CACHE")
+    if given:
+        return Path(given)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "onnxprune"
 
 
 def _umask() -> int:

@@ -9,17 +9,16 @@ far above the rounding.
 from __future__ import annotations
 
 import hashlib
-import json
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from onnxprune import archive
 from onnxprune.analysis import GroupInfo
+from onnxprune.archive import Contents, Damaged
 from onnxprune.errors import InputError
 from onnxprune.files import Together
 from onnxprune.readers import Reader
@@ -132,11 +131,11 @@ class Gathered:
         if Path(path).exists() and not force:
             raise InputError(f"{path} exists already; choose another name or overwrite it with force=True")
         with Together() as files, files.open(Path(path)) as file:
-            self.write(file)
+            archive.write(file, *self.pack())
 
-    def write(self, file: BinaryIO, *, exact: bool = False) -> None:
-        """Write it down; ``exact`` keeps the float64 that the sums are in."""
-        meta = {
+    def pack(self, *, exact: bool = False) -> Contents:
+        """A description and arrays; ``exact`` keeps the float64 that the sums are in."""
+        about = {
             "format": FORMAT,
             "version": VERSION,
             "model": self.model,
@@ -145,46 +144,54 @@ class Gathered:
             "damage": {name: [d.digest, d.levels, d.damage] for name, d in self.damage.items()},
             "about": dict(self.about),
         }
-        arrays = {f"gram{k}": _packed(gram.values, exact) for k, gram in enumerate(self.grams.values())}
-        np.savez(file, meta=np.array(json.dumps(meta)), allow_pickle=False, **arrays)
+        return about, {name: _packed(gram.values, exact) for name, gram in self.grams.items()}
+
+    @staticmethod
+    def unpack(found: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Gathered:
+        """The inverse of `pack`.
+
+        Raises:
+            Damaged: the two do not go together.
+        """
+        try:
+            grams = {
+                name: Gram(_unpacked(arrays[name], tuple(entry["shape"])), int(entry["rows"]))
+                for name, entry in found["readers"].items()
+            }
+            damage = {
+                name: Damage(str(digest), tuple(map(int, levels)), tuple(map(float, each)))
+                for name, (digest, levels, each) in found["damage"].items()
+            }
+            return Gathered(str(found["model"]), str(found["select"]), grams, damage, dict(found["about"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(str(error)) from error
 
     @staticmethod
     def read(path: Path) -> Gathered:
-        """Read a file that `write` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             InputError: it is no such file, a damaged one, or one of another version.
         """
         where = f"statistics {path}"
         try:
-            with np.load(path, allow_pickle=False) as file:
-                if not isinstance(file, np.lib.npyio.NpzFile) or "meta" not in file:
-                    raise ValueError("no description in it")
-                meta = json.loads(str(file["meta"][()]))
-                if meta["format"] != FORMAT:
-                    raise ValueError("another description in it")
-                if meta["version"] != VERSION:
-                    found = meta["version"]
-                    raise InputError(
-                        f"{where}: expected version {VERSION}, found {found}; collect again with this onnxprune"
-                    )
-                grams = {
-                    name: Gram(_unpacked(file[f"gram{k}"], tuple(entry["shape"])), int(entry["rows"]))
-                    for k, (name, entry) in enumerate(meta["readers"].items())
-                }
-                damage = {
-                    name: Damage(str(digest), tuple(map(int, levels)), tuple(map(float, found)))
-                    for name, (digest, levels, found) in meta["damage"].items()
-                }
-                about = {key: meta["about"][key] for key in ("data", "seed", "sizes", "warnings")} | meta["about"]
-                return Gathered(str(meta["model"]), str(meta["select"]), grams, damage, about)
-        except InputError:
-            raise
+            about, arrays = archive.read(path)
+            if about.get("format") != FORMAT:
+                raise Damaged("another kind of file")
+            version = about.get("version")
+            if version != VERSION:
+                raise InputError(
+                    f"{where}: expected version {VERSION}, found {version}; collect again with this onnxprune"
+                )
+            found = Gathered.unpack(about, arrays)
+            if missing := {"data", "seed", "sizes", "warnings"} - set(found.about):
+                raise Damaged(f"nothing said of {min(missing)}")
+            return found
         except FileNotFoundError:
             raise InputError(f"{where}: no such file; onnxprune collect makes one") from None
         except IsADirectoryError:
             raise InputError(f"{where}: a folder; expected a file that onnxprune collect wrote") from None
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Damaged as error:
             raise InputError(
                 f"{where}: expected a whole file that onnxprune collect wrote, found {error}; collect again"
             ) from error

@@ -15,6 +15,7 @@ from onnxprune.calibrate import Arrays, Batches, Sweep, batch_size, collect
 from onnxprune.costs import Several
 from onnxprune.data import Calibration
 from onnxprune.joint import Network, Part, current, fit_block, stored_tensors
+from onnxprune.journal import Journal
 from onnxprune.layers import Layer
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
@@ -25,6 +26,7 @@ from onnxprune.select import Problem, Ranking
 from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights
 from onnxprune.sensitivity import measure
 from onnxprune.statistics import Statistics
+from onnxprune.steps import Steps
 from onnxprune.surroundings import Behind, Samples
 from onnxprune.targets import Limit
 
@@ -58,6 +60,7 @@ class Chooser:
     notes: list[str] = field(default_factory=list)  # for the report
     damage: list[tuple[list[int], list[float]]] | None = None  # per group, kept counts and what they do to the output
     priced: list[np.ndarray] | None = None  # per group, damage for every kept count
+    journal: Journal = field(default_factory=Journal)  # of what is finished
 
     def __post_init__(self) -> None:
         if self.method == "slimming":  # refused at once, rather than after a pass over the data
@@ -193,6 +196,7 @@ class Chooser:
             arrays,
             find_blocks(self.analysis, self.readers),
         )
+        steps = Steps(self, counts, pending)
 
         def fit_reader(reader: Reader, folds: list[list[Statistics]], samples: Samples | None) -> Arrays:
             together = [a + b for a, b in folds]
@@ -209,7 +213,7 @@ class Chooser:
             return self._fitted(reader, fits, silent)
 
         with self.progress.stage("reconstruct", len(cut)):
-            return runner.run(fit_reader, self._fit_block, self.progress)
+            return runner.run(steps.reader(fit_reader), steps.block(self._fit_block), self.progress, steps.recall)
 
     def fit_once(self, counts: np.ndarray) -> Arrays:
         """Choose, and fit every reader to what it gave in the original, from the statistics alone; as `sweep` does."""

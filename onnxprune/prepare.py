@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 
 from onnxprune.analysis import Analysis, analyse
+from onnxprune.archive import Damaged
 from onnxprune.biases import add_biases
 from onnxprune.cost import Latency, params
 from onnxprune.costs import Cost
@@ -23,6 +25,7 @@ from onnxprune.errors import InputError, InternalError
 from onnxprune.gathered import Gathered
 from onnxprune.graph import Graph, read_model
 from onnxprune.groups import Kind, Seed
+from onnxprune.journal import Journal
 from onnxprune.macs import uncounted
 from onnxprune.normalise import normalise
 from onnxprune.pipeline import Chooser
@@ -105,6 +108,13 @@ class Prepared:
         """Of the normalised network."""
         return self.network.analysis
 
+    def keep(self, journal: Journal, speedups: Sequence[float]) -> None:
+        """Note down what is finished from here on, under all that the outcome depends on."""
+        settings = dataclasses.replace(self.settings, data=self.data.digest)
+        options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        journal.begin(digest(self.original), speedups, options, self.runtime.thread_count, versions())
+        self.chooser.journal = journal
+
     def gather(self) -> None:
         """Collect, rank and price, all that costs passes over the data; or take it from a file.
 
@@ -118,10 +128,31 @@ class Prepared:
             if settings.select != "slimming":
                 chooser.damage = self.kept.prices(self.analysis.groups, settings.select, where)
         elif settings.measured:
-            chooser.collect()
+            self._collect()
         chooser.rank()
         if settings.measured:
-            chooser.price()
+            self._price()
+
+    def _collect(self) -> None:
+        """Collect, unless a run that was stopped did."""
+        chooser = self.chooser
+        entry = chooser.journal.get("statistics")
+        if entry is not None:
+            with contextlib.suppress(Damaged, InputError):
+                chooser.statistics = Gathered.unpack(*entry).statistics(chooser.readers, "the journal")
+                return
+        chooser.collect()
+        chooser.journal.put("statistics", *self.gathered().pack(exact=True))
+
+    def _price(self) -> None:
+        """The same of the damage."""
+        chooser = self.chooser
+        entry = chooser.journal.get("damage")
+        if entry is not None:
+            chooser.damage = [(levels, found) for levels, found in entry[0]["damage"]]
+        chooser.price()
+        if chooser.damage is not None and entry is None:
+            chooser.journal.put("damage", {"damage": chooser.damage}, {})
 
     def gathered(self) -> Gathered:
         """What was collected, to keep."""

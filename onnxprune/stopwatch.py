@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sqlite3
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ import onnx
 import onnxruntime as ort
 from onnx import numpy_helper
 
+from onnxprune.files import cache_folder
 from onnxprune.runtime import Runtime
 
 Array = npt.NDArray[Any]
@@ -226,14 +225,5 @@ def _gpu() -> str:
 
 
 def default_cache() -> Path:
-    """Where times are kept: the user's cache folder, or ``ONNXPRUNE_CACHE``."""
-    given = os.environ.get("ONNXPRUNE_CACHE")
-    if given:
-        return Path(given) / "times.sqlite"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "onnxprune" / "times.sqlite"
+    """Where times are kept."""
+    return cache_folder() / "times.sqlite"

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from builder import Builder, run
 
+from onnxprune import archive
 from onnxprune.api import collect, prune, prune_family
 from onnxprune.cli import main
 from onnxprune.errors import InputError
@@ -44,7 +45,7 @@ def error(model: onnx.ModelProto) -> float:
 def test_what_is_written_comes_back(kept: Path, tmp_path: Path) -> None:
     one = collect(network(), data=X, threads=1)
     with (tmp_path / "exact.npz").open("wb") as file:
-        one.write(file, exact=True)
+        archive.write(file, *one.pack(exact=True))
     for path, tolerance in ((kept, 1e-6), (tmp_path / "exact.npz", 0.0)):
         two = Gathered.read(path)
         assert two.grams.keys() == one.grams.keys()
@@ -55,7 +56,7 @@ def test_what_is_written_comes_back(kept: Path, tmp_path: Path) -> None:
             scale = np.abs(gram.values).max()
             np.testing.assert_allclose(two.grams[name].values, gram.values, rtol=0, atol=tolerance * scale)
     with np.load(kept) as file:
-        assert {a.dtype for name, a in file.items() if name.startswith("gram")} == {np.dtype(np.float32)}
+        assert {a.dtype for name, a in file.items() if name != "about"} == {np.dtype(np.float32)}
 
 
 def test_a_family_without_the_data(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,10 +96,9 @@ def test_data_beside_statistics_measure_fidelity(kept: Path) -> None:
 
 
 def spoil(path: Path, target: Path, **changes: Any) -> Path:
-    with np.load(path) as file:
-        arrays = dict(file)
-    meta = json.loads(str(arrays.pop("meta"))) | changes
-    np.savez(target, meta=np.array(json.dumps(meta)), **arrays)
+    about, arrays = archive.read(path)
+    with target.open("wb") as file:
+        archive.write(file, about | changes, arrays)
     return target
 
 
@@ -115,9 +115,11 @@ def test_files_that_are_not_this_models(kept: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     np.savez(tmp_path / "data.npz", images=X)
     np.save(tmp_path / "array.npy", X)
-    np.savez(tmp_path / "pickle.npz", meta=np.array({"format": "onnxprune statistics"}, dtype=object))
-    np.savez(tmp_path / "list.npz", meta=np.array("[1]"))
-    np.savez(tmp_path / "bare.npz", meta=np.array(json.dumps({"format": "onnxprune statistics", "version": 1})))
+    np.savez(tmp_path / "pickle.npz", about=np.array({"format": "onnxprune statistics"}, dtype=object))
+    np.savez(tmp_path / "list.npz", about=np.array("[1]"))
+    spoil(kept, tmp_path / "format.npz", format="something else")
+    spoil(kept, tmp_path / "bare.npz", about={})
+    spoil(kept, tmp_path / "rows.npz", readers={"w": {"rows": 1, "shape": [1, 2, 2]}})
     for path in tmp_path.iterdir():
         with pytest.raises(InputError, match=r"statistics .*expected a whole file that onnxprune collect wrote"):
             prune(network(), stats=path, threads=1)
