@@ -106,9 +106,14 @@ class Chooser:
 
     # ------------------------------------------------------------------------------------------------- budget
 
+    @property
+    def asks_for_damage(self) -> bool:
+        """Whether the budget goes by what a narrower group does to the output."""
+        return self.method != "slimming" and self.budget == "auto"
+
     def price(self) -> None:
         """Find what every width of every group costs in damage to the output, where the budget asks for that."""
-        if self.method == "slimming" or self.budget != "auto":
+        if not self.asks_for_damage:
             return
         if self.damage is None:
             self.damage = self.measured_damage()

@@ -125,7 +125,7 @@ class Prepared:
         if self.kept is not None and settings.measured:
             where = f"statistics {settings.stats}"
             chooser.statistics = self.kept.statistics(chooser.readers, where)
-            if settings.select != "slimming":
+            if chooser.asks_for_damage:
                 chooser.damage = self.kept.prices(self.analysis.groups, settings.select, where)
         elif settings.measured:
             self._collect()

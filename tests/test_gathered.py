@@ -150,6 +150,12 @@ def test_what_a_file_does_not_hold(kept: Path, options: dict[str, Any], message:
         prune(network(), stats=kept, threads=1, **options)
 
 
+@pytest.mark.parametrize("options", [{"budget": "uniform", "select": "lasso"}, {"select": "l1", "reconstruct": False}])
+def test_ways_that_ask_for_no_damage_take_any_file(kept: Path, options: dict[str, Any]) -> None:
+    result = prune(network(), stats=kept, threads=1, **options)
+    assert result.report.achieved.macs >= 2.0
+
+
 def test_fewer_layers_than_were_collected_are_enough(kept: Path) -> None:
     report = prune(network(), stats=kept, threads=1, speedup=1.05, only="^d$", best_effort=True).report
     assert {g.name for g in report.groups if g.kept < g.units} == {"d"}
