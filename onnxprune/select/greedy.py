@@ -8,10 +8,12 @@ OSSCAR (Meng et al. 2024). One sweep gives the error of the best weights for eve
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg.blas import dgemm
 
 from onnxprune.select.problem import Problem, Ranking, ordered
 
 DAMPING = 1e-4  # of the mean of the Gram matrix' diagonal
+_SHARE = 8  # one in so many columns may be gone before they are left out
 
 
 def greedy(problems: list[Problem], floor: int = 0) -> Ranking:
@@ -69,23 +71,41 @@ class _Elimination:
         self.inverse = np.linalg.inv(gram)
         self.weights = self.inverse @ cross
         self.error = self.scale * problem.statistics.error(self.weights)
+        self.place = np.arange(len(gram))  # where a column stands in the matrices
+        self.gone = np.zeros(len(gram), bool)  # of what stands there
 
     def costs(self, units: np.ndarray) -> np.ndarray:
         """Growth of the scaled squared error when each of the units goes."""
-        columns = self.columns[units]  # (u, b)
-        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
+        columns = self.place[self.columns[units]]  # (u, b)
         weights = self.weights[columns]  # (u, b, o)
-        growth: np.ndarray = np.einsum("ubo,ubo->u", weights, np.linalg.solve(blocks, weights))
+        if columns.shape[1] == 1:
+            solved = weights / self.inverse[columns, columns][:, :, None]
+        else:
+            solved = np.linalg.solve(self.inverse[columns[:, :, None], columns[:, None, :]], weights)
+        growth: np.ndarray = np.einsum("ubo,ubo->u", weights, solved)
         return self.scale * growth
 
     def remove(self, unit: int) -> None:
         """Take a unit's columns out, all others fitted again."""
-        columns = self.columns[unit]
-        block = self.inverse[np.ix_(columns, columns)]
-        gain = np.linalg.solve(block, self.inverse[columns]).T  # (p, b)
-        self.weights -= gain @ self.weights[columns]
-        self.inverse -= gain @ self.inverse[columns]
+        columns = self.place[self.columns[unit]]
+        rows = self.inverse[columns]  # (b, p)
+        gain = np.linalg.solve(rows[:, columns], rows)
+        self.weights -= gain.T @ self.weights[columns]
+        # in place: the matrix is symmetric, and its transpose has the order that BLAS wants
+        self.inverse = dgemm(-1.0, gain, rows, 1.0, self.inverse.T, trans_a=True, overwrite_c=True).T
         # exact zeros, and a unit block that later steps never touch
         self.weights[columns] = 0.0
         self.inverse[columns, :], self.inverse[:, columns] = 0.0, 0.0
         self.inverse[columns, columns] = 1.0
+        self.gone[columns] = True
+        if self.gone.sum() * _SHARE >= len(self.gone):
+            self._compact()
+
+    def _compact(self) -> None:
+        """Leave out what is gone, so that later steps cost less."""
+        stays = np.flatnonzero(~self.gone)
+        back = np.zeros(len(self.gone), np.int64)
+        back[stays] = np.arange(len(stays))
+        self.place = back[self.place]  # of columns that are gone nobody asks again
+        self.inverse, self.weights = self.inverse[np.ix_(stays, stays)], self.weights[stays]
+        self.gone = np.zeros(len(stays), bool)
