@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime as ort
 
 from onnxprune.cost import Latency, measure_latency, params
 from onnxprune.counting import count_model_macs
@@ -115,18 +116,21 @@ def compare(
             seed=seed,
             preprocessing=preprocessing or Preprocessing(),
         )
-    fidelity = measure_fidelity(first, second, calibration, batch_size or DEFAULT_BATCH, runtime, progress)
+    sessions = [runtime.session(model, spinning=True) for model in (first, second)]
+    batch_of = batch_size or DEFAULT_BATCH
+    fidelity = measure_fidelity(first, second, calibration, batch_of, runtime, progress, sessions)
     with progress.stage("latency"):
         batch = min(batch_size or 1, len(calibration)) if calibration.batchable else 1
         feeds = calibration.feeds(range(batch))
         latencies: Sequence[Latency | None] = (None, None)  # not that of a copy in other types
         if not runtime.as_float32:
-            latencies = measure_latency((first, second), feeds, runtime)
+            latencies = measure_latency(sessions, feeds, runtime)
     names = [each.graph.name or "model" if isinstance(each, onnx.ModelProto) else str(each) for each in (a, b)]
     one = calibration.feeds([0])
     sides = [_side(*each, one) for each in zip(names, (first, second), latencies, strict=True)]
+    warnings = (*calibration.warnings, *runtime.fallen)
     fed = next((len(array) for array in feeds.values() if array.ndim), 1)
-    return Comparison(sides[0], sides[1], fidelity, calibration.source, fed, calibration.warnings)
+    return Comparison(sides[0], sides[1], fidelity, calibration.source, fed, warnings)
 
 
 def _side(name: str, model: onnx.ModelProto, latency: Latency | None, feeds: Mapping[str, Array]) -> Side:
@@ -140,15 +144,17 @@ def measure_fidelity(
     batch_size: int,
     runtime: Runtime,
     progress: Progress | None = None,
+    sessions: Sequence[ort.InferenceSession] = (),
 ) -> Fidelity:
-    """Run both models over all records and count how alike their outputs are.
+    """Run both models over all records and count how alike their outputs are; in sessions where they are given.
 
     Raises:
         InputError: the models differ in inputs or outputs, or cannot be run on the data.
     """
     common_inputs(original, pruned)
     names = [output.name for output in original.graph.output]
-    run_original, run_pruned = (_runner(model, names, runtime, calibration.source) for model in (original, pruned))
+    sessions = sessions or [runtime.session(model) for model in (original, pruned)]
+    run_original, run_pruned = (_runner(session, names, calibration.source) for session in sessions)
     tally = _Tally(names)
     progress = progress or Progress()
     batches = list(_batches(calibration, batch_size))
@@ -166,11 +172,7 @@ def _batches(calibration: Calibration, batch_size: int) -> Iterator[range]:
         yield range(first, min(first + size, len(calibration)))
 
 
-def _runner(
-    model: onnx.ModelProto, names: list[str], runtime: Runtime, source: str
-) -> Callable[[Mapping[str, Array]], list[Any]]:
-    session = runtime.session(model)
-
+def _runner(session: ort.InferenceSession, names: list[str], source: str) -> Callable[[Mapping[str, Array]], list[Any]]:
     def run(feeds: Mapping[str, Array]) -> list[Any]:
         try:
             return list(session.run(names, feeds))

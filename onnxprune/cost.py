@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from onnxprune.graph import FLOATS
 from onnxprune.runtime import Runtime
 
 Array = npt.NDArray[Any]
+Runnable: TypeAlias = bytes | onnx.ModelProto | ort.InferenceSession
 
 _WARM_UP_RUNS = 3
 _WARM_UP_SHARE = 0.1  # of the time allowed; slow models are warm after one run
@@ -50,7 +51,7 @@ def _stored(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def measure_latency(
-    models: Sequence[bytes | onnx.ModelProto],
+    models: Sequence[Runnable],
     feeds: Mapping[str, Array],
     runtime: Runtime,
     *,
@@ -63,7 +64,7 @@ def measure_latency(
     The order within a round alternates (A B, B A, A B, …): none always runs on what another left in the caches.
 
     Args:
-        models: that take these feeds; the session of each is built once.
+        models: that take these feeds, or sessions of them.
         feeds: one batch.
         runtime: provider and threads.
         seconds: to spend on all models together; a run that has begun is finished.
@@ -116,7 +117,7 @@ def measure_ratio(
 
 
 def _rounds(
-    models: Sequence[bytes | onnx.ModelProto],
+    models: Sequence[Runnable],
     feeds: Mapping[str, Array],
     runtime: Runtime,
     clock: Callable[[], float],
@@ -125,7 +126,9 @@ def _rounds(
     max_runs: int,
 ) -> list[list[float]]:
     """Seconds of every model in every round, after some runs to warm up."""
-    sessions = [runtime.session(model, spinning=True) for model in models]
+    sessions = [
+        model if isinstance(model, ort.InferenceSession) else runtime.session(model, spinning=True) for model in models
+    ]
     for session in sessions:
         start = time.perf_counter()
         for _ in range(_WARM_UP_RUNS):

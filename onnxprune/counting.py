@@ -38,17 +38,24 @@ def count_model_macs(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | No
 
     Functions and branches that do not depend on the input are counted as what they stand for.
     """
-    return round(_bare(model, data).macs)
+    return count(model, data)[0]
 
 
 def count_peak_memory(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None = None) -> int:
     """The most bytes of activations that are alive at once (see `PeakMemory`), for one sample or for the data given."""
-    return round(PeakMemory(_bare(model, data)).total(np.zeros(0)))
+    return count(model, data)[1]
 
 
-def _bare(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None) -> Analysis:
+def count(
+    model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None = None, runtime: Runtime | None = None
+) -> tuple[int, int]:
+    """Both, from one run of the model; ``runtime`` is one that the model is known to suit."""
+    analysis = _bare(model, data, runtime or Runtime("cpu", 0).suited(model))
+    return round(analysis.macs), round(PeakMemory(analysis).total(np.zeros(0)))
+
+
+def _bare(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None, runtime: Runtime) -> Analysis:
     """The model as it stands, without groups."""
-    runtime = Runtime("cpu", 0).suited(model)
     graph = Graph(normalise(Graph(model), runtime)[0])
     shapes = nominal_shapes(graph, runtime, data)
     terms = tuple(term for node in graph.nodes for term in mac_terms(node, shapes))

@@ -78,6 +78,8 @@ def aim(prepared: Prepared, wanted: Wanted) -> Aim:
         return Aim(wanted, found, choices, None)
     if prepared.runtime.as_float32:
         raise InputError("onnxruntime has no kernels for the types of this model, so its latency cannot be measured")
+    if prepared.runtime.fallen:
+        raise InputError(f"{prepared.runtime.fallen[0]}, whose time says nothing of it; try --by macs, or that machine")
     cut = functools.partial(_cut, prepared.network)
     timing = Timing(
         analysis,
@@ -122,21 +124,24 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
             break
     warnings = list(prepared.warnings)
     with progress.stage("measure"):
+        sessions = [runtime.session(model, spinning=True) for model in (original, pruned)]
         times: Sequence[Latency | None] = (None, None)
         if runtime.as_float32:
             warnings.append(_NOT_IN_ITS_TYPES)
         else:
-            times = measure_latency([original, pruned], prepared.deployed, runtime)
+            times = measure_latency(sessions, prepared.deployed, runtime)
         fidelity = None
         if prepared.held_out is not None:
-            fidelity = measure_fidelity(original, pruned, prepared.held_out, settings.batch_size or 32, runtime)
+            fidelity = measure_fidelity(
+                original, pruned, prepared.held_out, settings.batch_size or 32, runtime, sessions=sessions
+            )
         sample = prepared.calibration.feeds([0])
-        before, after = replace(prepared.before, latency_ms=times[0]), measures(pruned, sample, times[1])
+        before, after = replace(prepared.before, latency_ms=times[0]), measures(pruned, sample, runtime, times[1])
         achieved = Achieved.of(before, after)
     entry = timing.entry() if timing else None
     if entry is not None:
         achieved = replace(achieved, latency=entry.measured.ratio)
-    warnings += [*chooser.notes, *_misses(wanted, achieved, after)]
+    warnings += [*runtime.fallen, *chooser.notes, *_misses(wanted, achieved, after)]
     report = Report(
         target=Target(wanted.speedup, wanted.by),
         limits=wanted.most,

@@ -18,7 +18,7 @@ from onnxprune.archive import Damaged
 from onnxprune.biases import add_biases
 from onnxprune.cost import Latency, params
 from onnxprune.costs import Cost
-from onnxprune.counting import count_model_macs, count_peak_memory, nominal_shapes
+from onnxprune.counting import count, nominal_shapes
 from onnxprune.data import Calibration, InputSpec, Preprocessing, load_calibration
 from onnxprune.deployed import deployed_feeds
 from onnxprune.errors import InputError, InternalError
@@ -228,7 +228,7 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
         calibration,
         data,
         judging,
-        measures(original, sample),
+        measures(original, sample, runtime),
         deployed_feeds(graph.inputs, sample, settings.shapes, settings.batch),
         counted_costs(analysis, costly, network.copies),
         widths(analysis, settings.multiple),
@@ -238,9 +238,11 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
     )
 
 
-def measures(model: onnx.ModelProto, batch: Mapping[str, np.ndarray], latency: Latency | None = None) -> Measures:
+def measures(
+    model: onnx.ModelProto, batch: Mapping[str, np.ndarray], runtime: Runtime, latency: Latency | None = None
+) -> Measures:
     """What a model costs on a batch."""
-    macs, memory = count_model_macs(model, batch), count_peak_memory(model, batch)
+    macs, memory = count(model, batch, dataclasses.replace(runtime, provider="cpu"))
     return Measures(macs, params(model), size_of(model), latency, memory)
 
 

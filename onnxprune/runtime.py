@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ PROVIDERS = {
     "coreml": "CoreMLExecutionProvider",
     "dml": "DmlExecutionProvider",
 }
+_BEHIND = {"tensorrt": ("cuda",)}  # what takes the nodes that a provider leaves
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class Runtime:
         threads: how many (0: the runtime's own choice).
         as_float32: whether models are run as copies in float32, for want of kernels for their own types; inputs of
             other types are converted, and what is a float in the model comes out in float32.
+        fallen: said of sessions that came up on another provider; shared with all that is made from this one.
     """
 
     provider: str = "cpu"
     threads: int = 0
     as_float32: bool = False
+    fallen: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.provider not in PROVIDERS:
@@ -124,15 +127,30 @@ class Runtime:
         if values and not optimise:  # run once or twice: weights are read where they are, without a second copy
             options.add_session_config_entry("session.disable_prepacking", "1")
         data = model if isinstance(model, bytes) else model.SerializeToString()
-        providers = [PROVIDERS[self.provider]]
-        if self.provider != "cpu":
-            providers.append(PROVIDERS["cpu"])
-        try:
-            kind = _Float32Session if self.as_float32 else ort.InferenceSession
-            session = kind(data, options, providers=providers)
-        except Exception as error:  # onnxruntime's errors share no public base class
-            raise InputError(f"onnxruntime refuses the model: {_first_line(error)}") from error
+        session = self._start(data, options)
         session.given = given  # the session reads what these hold
+        return session
+
+    def _start(self, data: bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+        """On the provider, or on the next best that comes up, which is noted."""
+        kind = _Float32Session if self.as_float32 else ort.InferenceSession
+        names = list(dict.fromkeys([self.provider, *_BEHIND.get(self.provider, ()), "cpu"]))
+        names = [name for name in names if PROVIDERS[name] in ort.get_available_providers()]
+        while True:
+            providers = [PROVIDERS[name] for name in names]
+            try:
+                session = kind(data, options, providers=providers, enable_fallback=0)
+                break
+            except Exception as error:  # onnxruntime's errors share no public base class
+                names.pop(0)
+                if not names:
+                    raise InputError(f"onnxruntime refuses the model: {_first_line(error)}") from error
+        found = session.get_providers()
+        if PROVIDERS[self.provider] not in found:
+            came = next((name for name, provider in PROVIDERS.items() if provider in found), found[0])
+            note = f"provider {self.provider!r} did not come up on this machine: models were run on {came!r}"
+            if note not in self.fallen:
+                self.fallen.append(note)
         return session
 
 
