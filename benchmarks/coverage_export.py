@@ -30,11 +30,26 @@ VARIANTS = (
 )
 
 
+def randomise(model: torch.nn.Module) -> None:
+    """Give statistics, and parameters that are all alike, values of their own.
+
+    A fresh network has many vectors of ones and zeros, which exporters merge, although no trained network has them.
+    """
+    for module in model.modules():
+        if getattr(module, "running_var", None) is not None:
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    for parameter in model.parameters():
+        if parameter.numel() > 1 and parameter.is_floating_point() and bool((parameter == parameter.view(-1)[0]).all()):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
 def export(name: str, exporter: str, dynamic: bool, path: Path) -> None:
     """Write one model."""
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
     model.eval()
+    randomise(model)
     names = [f"input{k}" for k in range(len(inputs))]
     options: dict[str, object] = {"input_names": names}
     if isinstance(model, Detections):  # one image, of a size that may vary

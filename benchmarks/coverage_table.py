@@ -44,7 +44,8 @@ def _fit_line(rows: list[dict[str, Any]]) -> str:
     return (
         f"Fitted with the defaults to {SAMPLES} random samples: {len(found)} files, of which {failed} failed, {late}"
         f" took longer than they were given, and {sum(not f.get('finite', True) for f in found)} give outputs that are"
-        f" not finite; {seconds[len(seconds) // 2]:.0f} s in the median, {seconds[-1]:.0f} s at most."
+        f" not finite; {seconds[len(seconds) // 2]:.0f} s of processor time in the"
+        f" median, {seconds[-1]:.0f} s at most."
     )
 
 

@@ -13,7 +13,7 @@ REMEDIES = {
     Kind.UNKNOWN: "a row for {op} in the table of rules (CONTRIBUTING.md says how), or an export without it",
     Kind.REFUSED: "an export in which other operators do what {op} does here",
     Kind.UNSEEN: "inputs on which the model runs through {op}: give real ones with --data",
-    Kind.UNCLAIMED: "a row of {op} that speaks for this axis; please report the model",
+    Kind.UNCLAIMED: "nothing where it holds positions (of an image, of tokens), as most do; else a row of {op} for it",
     Kind.MIXED: "nothing that is exact: every value that {op} gives needs all channels of this axis",
     Kind.NORMALISED: "nothing that is exact; with --approximate {op} goes by the channels that are left",
     Kind.SUMMED: "before {op} an activation that maps zero to zero (Relu, not Sigmoid), or stored weights on one side",
