@@ -2,14 +2,14 @@
 
     python benchmarks/accuracy_others.py --shared ../shared [--only resnet20] [--speedups 1.5,2,3,4]
 
-onnxsim cuts files: `apply_structured_pruning` and `apply_structured_wanda_pruning`, each with one share for every layer
-and with a global threshold. Torch-Pruning cuts modules: the CIFAR ResNets are built in PyTorch with the weights of the
-files that still have their BatchNormalization, the inner widths of the blocks are pruned (its plain call over all
-widths fails on the padded shortcuts) under several importances, and each result is also measured after the statistics of
-its BatchNormalization are taken again on the calibration images. Gradients, where an importance asks for them, are those
-of the network's own answers: no labels. Of every method the sparsity is found by bisection so that the counted speed-up
-is the least one at or above the one asked for. Nobody trains. Writes benchmarks/accuracy_others.md and .json; needs onnxsim,
-torch, torch-pruning and onnxprune.
+onnxsim cuts files: `apply_structured_pruning` and `apply_structured_wanda_pruning`, each with one share for every
+layer and with a global threshold. Torch-Pruning cuts modules: the CIFAR ResNets are built in PyTorch with the weights
+of the files that still have their BatchNormalization, the inner widths of the blocks are pruned (its plain call over
+all widths fails on the padded shortcuts) under several importances, and each result is also measured after the
+statistics of its BatchNormalization are taken again on the calibration images. Gradients, where an importance asks
+for them, are those of the network's own answers: no labels. Of every method the sparsity is found by bisection so
+that the counted speed-up is the least one at or above the one asked for. Nobody trains. Writes
+benchmarks/accuracy_others.md and .json; needs onnxsim, torch, torch-pruning and onnxprune.
 """
 
 from __future__ import annotations

@@ -1,0 +1,189 @@
+"""The ablations of He et al. 2017, made again: one command, three tables.
+
+    python benchmarks/ablations.py [--shared ../shared] [--network resnet20] [--parts layer,residual,images]
+
+layer: one layer narrowed alone to several widths, its reader fitted again, under LASSO, greedy elimination, Wanda, the
+first k channels, those with the largest filters ("max response") and random ones: the error of the reader's output on
+images that nothing was fitted to, relative to its variance (the paper's figure 4). residual: the whole network at one
+speed-up, with and without the shortcut's error in the target of a branch (section 3.3), and without the joint fits.
+images: the same against the number of calibration images, with and without reconstruction. Writes
+benchmarks/ablations.md and .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from accuracy import Case, accuracy, cifar, digits
+
+import onnxprune
+from onnxprune.calibrate import Batches, Sweep, batch_size, collect
+from onnxprune.data import Preprocessing
+from onnxprune.prepare import prepare
+from onnxprune.progress import Progress
+from onnxprune.readers import Reader
+from onnxprune.reconstruct import solve
+from onnxprune.select import Problem, Ranking, greedy, lasso, ordered, wanda
+from onnxprune.selection import filter_norms, problems_of
+from onnxprune.settings import Settings
+from onnxprune.surroundings import Behind
+
+HERE = Path(__file__).parent
+SHARES = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the channels, kept
+RIDGE = 1e-4
+Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    """A case's command line as arguments of `onnxprune.prune`."""
+    given = dict(zip(case.options[::2], case.options[1::2], strict=True))
+    numbers = {k: tuple(map(float, given[f"--{k}"].split(","))) for k in ("mean", "std") if f"--{k}" in given}
+    return {"data": given.get("--data"), "preprocessing": Preprocessing(**numbers)}
+
+
+def layers(case: Case, threads: int) -> Iterator[Table]:
+    """Relative errors of single layers."""
+    prepared = prepare(case.model, Settings(**options_of(case), threads=threads, samplers=False), Progress())
+    chooser, analysis = prepared.chooser, prepared.analysis
+    alone = [g for g in analysis.groups if sum(g.group.index in r.columns for r in chooser.readers) == 1]
+    chosen = [alone[len(alone) * k // 4] for k in (1, 2, 3)]
+    readers = [next(r for r in chooser.readers if g.group.index in r.columns) for g in chosen]
+
+    def summed(data: Any) -> list[Any]:
+        size = batch_size(analysis, [r.layer.data for r in readers])
+        return collect(analysis, readers, Batches(data, size, 0), prepared.runtime, Progress())
+
+    fitted, judged = summed(chooser.first), summed(prepared.held_out)
+    rng = np.random.default_rng(0)
+    for k, (group, reader) in enumerate(zip(chosen, readers, strict=True)):
+        problems = problems_of(group.group.index, readers, {reader.index: fitted[k]}, {})
+        ways: dict[str, Callable[[list[Problem]], Ranking]] = {
+            "greedy": greedy,
+            "LASSO": lasso,
+            "Wanda": wanda,
+            "max response": lambda _, g=group: ordered(np.argsort(-filter_norms(g, analysis), kind="stable")),
+            "first k": lambda _, g=group: ordered(np.arange(g.units)),
+            "random": lambda _, g=group: ordered(rng.permutation(g.units)),
+        }
+        counts = [max(round(share * group.units), 1) for share in SHARES]
+        rows = []
+        for name, way in ways.items():
+            ranking = way(problems)
+            errors = [error(reader, group.group.index, fitted[k], judged[k], ranking.kept(c)) for c in counts]
+            rows.append([name, *(f"{e:.4f}" for e in errors)])
+        title = f"{case.name}, {group.name}: relative error of what {reader.layer.node.label} gives, by kept channels"
+        yield title, ["selection", *(f"{c} of {group.units}" for c in counts)], rows
+
+
+def error(reader: Reader, group: int, fitted: list[Any], judged: list[Any], kept: np.ndarray) -> float:
+    """Squared error of a fitted reader on other images, relative to the variance of the target."""
+    left = np.setdiff1d(np.arange(reader.width), np.delete(reader.columns[group], kept, axis=0).ravel())
+    missed = energy = 0.0
+    for s, other, weights in zip(fitted, judged, reader.weights, strict=True):
+        missed += other.error(solve(s, left, weights, RIDGE))
+        energy += float((other.energy - other.cross[-1] ** 2 / other.rows).sum())
+    return missed / energy
+
+
+class WithoutResidual(Sweep):
+    """A sweep whose targets leave the shortcut's error where it is."""
+
+    def _behind(self, reader: Reader, here: Any) -> Behind:
+        found = super()._behind(reader, here)
+        return replace(found, residual="", limits=None) if found.residual else found
+
+
+def measured(case: Case, speedup: float, threads: int, **options: Any) -> tuple[float, float]:
+    """Accuracy in per cent, and mean divergence of the answers from the original's, on the test images."""
+    made = onnxprune.prune(case.model, speedup=speedup, threads=threads, **options_of(case), **options)
+    data = case.test()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "made.onnx"
+        onnx.save(made.model, path)
+        share, _ = accuracy(path, data)
+        answers = [_log_shares(p, data[0][:2000]) for p in (case.model, path)]
+    kl = (np.exp(answers[0]) * (answers[0] - answers[1])).sum(axis=1).mean()
+    return 100 * share, float(kl)
+
+
+def _log_shares(path: Path, x: np.ndarray) -> np.ndarray:
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    scores = session.run(None, {session.get_inputs()[0].name: x})[0].astype(np.float64)
+    scores = scores.reshape(len(scores), -1) - scores.max(axis=1, keepdims=True)
+    found: np.ndarray = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    return found
+
+
+def residual(case: Case, speedup: float, threads: int) -> Iterator[Table]:
+    """What the residual target and the joint fits are worth."""
+    rows = []
+    for name, patches in {
+        "all": {},
+        "without the residual target": {"Sweep": WithoutResidual},
+        "without joint fits": {"find_blocks": lambda *_: ()},
+        "with neither": {"Sweep": WithoutResidual, "find_blocks": lambda *_: ()},
+    }.items():
+        with mock.patch.multiple("onnxprune.pipeline", **patches) if patches else mock.MagicMock():
+            share, kl = measured(case, speedup, threads)
+        rows.append([name, f"{share:.2f} %", f"{kl:.4f}"])
+    yield f"{case.name} at {speedup:g}x", ["fits", "accuracy", "divergence"], rows
+
+
+def images(case: Case, speedup: float, threads: int, counts: list[int]) -> Iterator[Table]:
+    """Accuracy against the number of images."""
+    rows = []
+    for count in counts:
+        fitted = measured(case, speedup, threads, samples=count)
+        plain = measured(case, speedup, threads, samples=count, reconstruct=False)
+        rows.append([str(count), f"{fitted[0]:.2f} %", f"{fitted[1]:.4f}", f"{plain[0]:.2f} %", f"{plain[1]:.4f}"])
+    head = ["images", "accuracy", "divergence", "not reconstructed", "divergence"]
+    yield f"{case.name} at {speedup:g}x, by calibration images", head, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", default="resnet20", help="resnet20, resnet56, digits_cnn or digits_resnet")
+    parser.add_argument("--parts", default="layer,residual,images")
+    parser.add_argument("--speedup", type=float, default=2.0)
+    parser.add_argument("--images", default="20,50,100,200,500,1000,2000,5000")
+    parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=HERE / "ablations")
+    args = parser.parse_args()
+    case = digits(args.network) if args.network.startswith("digits") else cifar(args.network, args.shared)
+    parts = {
+        "layer": lambda: layers(case, args.threads),
+        "residual": lambda: residual(case, args.speedup, args.threads),
+        "images": lambda: images(case, args.speedup, args.threads, [int(n) for n in args.images.split(",")]),
+    }
+    lines = [
+        "# Ablations",
+        "",
+        f"{datetime.date.today()}, {platform.machine()}, onnxruntime {ort.__version__}. No labels; divergence is the"
+        " mean Kullback-Leibler divergence of the answers from the original's.",
+    ]
+    tables: list[Table] = []
+    for part in args.parts.split(","):
+        for title, head, rows in parts[part]():
+            tables.append((title, head, rows))
+            lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+            lines += [f"| {' | '.join(row)} |" for row in rows]
+            args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+            args.output.with_suffix(".json").write_text(json.dumps(tables, indent=1))
+            print("\n".join(lines[-len(rows) - 4 :]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
