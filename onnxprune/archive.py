@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,11 +18,17 @@ class Damaged(ValueError):
     """A file that no `write` wrote, or that is not whole."""
 
 
-def write(file: BinaryIO, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write both; names of arrays may be any text."""
-    text = json.dumps({"names": list(arrays), "about": dict(about)})
-    numbered = {f"array{k}": array for k, array in enumerate(arrays.values())}
-    np.savez(file, about=np.array(text), allow_pickle=False, **numbered)
+def write(file: BinaryIO, about: Mapping[str, Any], arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write both, one array after the other; their names may be any text."""
+    names: list[str] = []
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays:
+            with archive.open(f"array{len(names)}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
+            names.append(name)
+        with archive.open("about.npy", "w") as entry:
+            text = json.dumps({"names": names, "about": dict(about)})
+            np.lib.format.write_array(entry, np.array(text), allow_pickle=False)
 
 
 def read(path: Path) -> Contents:

@@ -201,7 +201,7 @@ def _cut_and_prove(prepared: Prepared, counts: np.ndarray) -> tuple[Plan, onnx.M
         chooser.choose(counts)
     names = {info.group.index: info.name for info in analysis.groups}
     kept = {names[g]: tuple(int(i) for i in units) for g, units in sorted(chooser.kept.items())}
-    plan = Plan(digest(prepared.original), kept)
+    plan = Plan(prepared.digest, kept)
     with chooser.progress.stage("prove"):
         spare = [name for name in network.biases if name not in arrays]
         sliced = rewrite(analysis, plan, copies=network.copies)

@@ -9,7 +9,7 @@ far above the rounding.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from onnxprune import archive
 from onnxprune.analysis import GroupInfo
-from onnxprune.archive import Contents, Damaged
+from onnxprune.archive import Damaged
 from onnxprune.errors import InputError
 from onnxprune.files import Together
 from onnxprune.readers import Reader
@@ -29,10 +29,15 @@ FORMAT, VERSION = "onnxprune statistics", 1
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """Of one reader: the matrices (group of its convolution, p, p), and rows that were summed up."""
+    """Of one reader: a matrix (p, p) per group of its convolution, and rows that were summed up."""
 
-    values: np.ndarray
+    values: Sequence[np.ndarray]
     rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all matrices together."""
+        return (len(self.values), *self.values[0].shape)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Gathered:
     ) -> Gathered:
         """Put together what was found: statistics per reader's index, damage per group."""
         grams = {
-            r.layer.weight: Gram(np.stack([s.gram for s in statistics[r.index]]), statistics[r.index][0].rows)
+            r.layer.weight: Gram([s.gram for s in statistics[r.index]], statistics[r.index][0].rows)
             for r in readers
             if r.index in statistics
         }
@@ -93,7 +98,8 @@ class Gathered:
         found = {}
         for reader in (r for r in readers if r.columns):
             gram = self.grams.get(reader.layer.weight)
-            if gram is None or gram.values.shape != (len(reader.weights), reader.width, reader.width):
+            size = len(reader.weights), reader.width, reader.width
+            if gram is None or gram.shape != size:
                 raise _other(where, f"layer {reader.layer.node.label!r}")
             found[reader.index] = [
                 Statistics.of_linear(values, weights, gram.rows)
@@ -133,18 +139,18 @@ class Gathered:
         with Together() as files, files.open(Path(path)) as file:
             archive.write(file, *self.pack())
 
-    def pack(self, *, exact: bool = False) -> Contents:
-        """A description and arrays; ``exact`` keeps the float64 that the sums are in."""
+    def pack(self, *, exact: bool = False) -> tuple[dict[str, Any], Iterator[tuple[str, np.ndarray]]]:
+        """A description and named arrays; ``exact`` keeps the float64 that the sums are in."""
         about = {
             "format": FORMAT,
             "version": VERSION,
             "model": self.model,
             "select": self.select,
-            "readers": {name: {"rows": gram.rows, "shape": gram.values.shape} for name, gram in self.grams.items()},
+            "readers": {name: {"rows": gram.rows, "shape": gram.shape} for name, gram in self.grams.items()},
             "damage": {name: [d.digest, d.levels, d.damage] for name, d in self.damage.items()},
             "about": dict(self.about),
         }
-        return about, {name: _packed(gram.values, exact) for name, gram in self.grams.items()}
+        return about, ((name, _packed(gram.values, exact)) for name, gram in self.grams.items())
 
     @staticmethod
     def unpack(found: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Gathered:
@@ -213,21 +219,22 @@ def _other(where: str, what: str) -> InputError:
     )
 
 
-def _packed(grams: np.ndarray, exact: bool) -> np.ndarray:
-    """The upper halves of symmetric matrices (k, p, p), row by row: (k, p (p + 1) / 2)."""
+def _packed(grams: Sequence[np.ndarray], exact: bool) -> np.ndarray:
+    """The upper halves of k symmetric matrices (p, p), row by row: (k, p (p + 1) / 2)."""
     found = np.stack([np.concatenate([gram[i, i:] for i in range(len(gram))]) for gram in grams])
     return found if exact or np.abs(found).max() > np.finfo(np.float32).max else found.astype(np.float32)
 
 
-def _unpacked(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _unpacked(packed: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
     count, size, _ = shape
-    if packed.shape != (count, size * (size + 1) // 2) or packed.dtype.kind != "f":
+    if not count or packed.shape != (count, size * (size + 1) // 2) or packed.dtype.kind != "f":
         raise ValueError(f"{packed.dtype} {packed.shape} for {shape}")
-    grams = np.empty(shape)
-    for gram, values in zip(grams, packed, strict=True):
-        start = 0
+    grams = []
+    for values in packed:
+        gram, start = np.empty((size, size)), 0
         for i in range(size):
             row = values[start : start + size - i]
             gram[i, i:], gram[i:, i] = row, row
             start += size - i
+        grams.append(gram)
     return grams

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,16 @@ class Journal:
             self._tidy()
 
     @property
+    def is_open(self) -> bool:
+        """Whether entries are kept."""
+        return self.place is not None
+
+    @property
     def count(self) -> int:
         """Entries that there are."""
         return len(list(self.place.glob("*.npz"))) if self.place is not None else 0
 
-    def put(self, name: str, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    def put(self, name: str, about: Mapping[str, Any], arrays: Iterable[tuple[str, np.ndarray]] = ()) -> None:
         """Keep the outcome of a step."""
         if self.place is None:
             return

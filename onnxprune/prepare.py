@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,11 +109,16 @@ class Prepared:
         """Of the normalised network."""
         return self.network.analysis
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the model as it came."""
+        return digest(self.original)
+
     def keep(self, journal: Journal, speedups: Sequence[float]) -> None:
         """Note down what is finished from here on, under all that the outcome depends on."""
         settings = dataclasses.replace(self.settings, data=self.data.digest)
         options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-        journal.begin(digest(self.original), speedups, options, self.runtime.thread_count, versions())
+        journal.begin(self.digest, speedups, options, self.runtime.thread_count, versions())
         self.chooser.journal = journal
 
     def gather(self) -> None:
@@ -142,7 +148,8 @@ class Prepared:
                 chooser.statistics = Gathered.unpack(*entry).statistics(chooser.readers, "the journal")
                 return
         chooser.collect()
-        chooser.journal.put("statistics", *self.gathered().pack(exact=True))
+        if chooser.journal.is_open:
+            chooser.journal.put("statistics", *self.gathered().pack(exact=True))
 
     def _price(self) -> None:
         """The same of the damage."""
@@ -152,7 +159,7 @@ class Prepared:
             chooser.damage = [(levels, found) for levels, found in entry[0]["damage"]]
         chooser.price()
         if chooser.damage is not None and entry is None:
-            chooser.journal.put("damage", {"damage": chooser.damage}, {})
+            chooser.journal.put("damage", {"damage": chooser.damage})
 
     def gathered(self) -> Gathered:
         """What was collected, to keep."""
@@ -168,7 +175,7 @@ class Prepared:
             "versions": versions(),
         }
         return Gathered.of(
-            digest(self.original),
+            self.digest,
             settings.select,
             chooser.readers,
             chooser.statistics,

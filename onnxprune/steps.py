@@ -49,7 +49,7 @@ class Steps:
                 "errors": {g: chooser.errors[g] for g in reader.columns},
                 "notes": chooser.notes[before:],
             }
-            chooser.journal.put(self._name(reader), about, found)
+            chooser.journal.put(self._name(reader), about, found.items())
             return found
 
         return noted
@@ -59,7 +59,7 @@ class Steps:
 
         def noted(net: Network, data: BlockData, behind: Sequence[Behind], arrays: Arrays) -> Arrays:
             found = fit(net, data, behind, arrays)
-            self.chooser.journal.put(self._name(net.block), {}, found)
+            self.chooser.journal.put(self._name(net.block), {}, found.items())
             return found
 
         return noted

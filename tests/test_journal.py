@@ -126,7 +126,7 @@ def test_another_run_is_not_gone_on_from(tmp_path: Path, change: dict[str, Any])
 def test_a_run_that_is_not_to_go_on_begins_from_the_start(tmp_path: Path) -> None:
     run = Journal(tmp_path)
     run.begin("key")
-    run.put("step", {"a": [1]}, {"x/y": np.arange(3)})
+    run.put("step", {"a": [1]}, [("x/y", np.arange(3))])
     assert run.get("step") is None
     again = Journal(tmp_path, resume=True)
     again.begin("key")
@@ -142,7 +142,7 @@ def test_old_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(key: str, size: int = 10, age: float = 0.0) -> Journal:
         run = Journal(tmp_path)
         run.begin(key)
-        run.put("step", {}, {"x": np.zeros(size, np.uint8)})
+        run.put("step", {}, [("x", np.zeros(size, np.uint8))])
         stamp = time.time() - age
         os.utime(run.place, (stamp, stamp))
         return run
