@@ -63,6 +63,7 @@ def prune(
     data: object = None,
     samples: int | None = None,
     batch_size: int | None = None,
+    memory: int | None = None,
     seed: int = 0,
     threads: int = 0,
     provider: str = "cpu",
@@ -95,7 +96,8 @@ def prune(
         batch: deployed size of the open first axis of the inputs.
         data: calibration data (see `onnxprune.data`); nothing means a neighbour of the file, or random data.
         samples: how many of them to use.
-        batch_size: samples per run; chosen by memory if not given.
+        batch_size: samples per run, 64 at most; chosen by memory if not given.
+        memory: bytes of resident memory that the process may take (None: what it takes, and half of what is free).
         seed: of every random draw.
         threads: of the runtime; 0 is its own choice.
         provider: cpu, cuda, tensorrt, openvino, coreml or dml.
@@ -134,6 +136,7 @@ def prune(
         data=data,
         samples=samples,
         batch_size=batch_size,
+        memory=memory,
         seed=seed,
         threads=threads,
         provider=provider,

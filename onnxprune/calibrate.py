@@ -14,10 +14,11 @@ from dataclasses import replace
 import numpy as np
 
 from onnxprune.analysis import Analysis
+from onnxprune.batches import Batches, sample_bytes
 from onnxprune.blocks import Block, BlockData
-from onnxprune.data import Calibration
 from onnxprune.graph import Graph
 from onnxprune.joint import Network
+from onnxprune.memory import Room
 from onnxprune.precision import NARROW, float32_copy, types
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader
@@ -27,51 +28,10 @@ from onnxprune.shelf import Shelf, Shelved
 from onnxprune.statistics import FOLDS, Statistics
 from onnxprune.surroundings import Behind, Samples, look_behind
 from onnxprune.taking import Taking
-from onnxprune.unfold import out_positions, sample_positions
-
-TARGET_ROWS = 65536  # rows per reader: positions are drawn so that all samples together give about this many
-ROWS_PER_COLUMN = 16  # and at least so many per column of the unfolded input
-FRONTIER_BYTES = 1 << 30  # of one frontier in memory; a larger one goes to files
-_CHUNK_BYTES = 256 << 20  # activations of a batch in the collecting pass
-_LARGEST_BATCH = 64
+from onnxprune.unfold import out_positions
 
 Tensors = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]  # new values of stored tensors, in their original shapes
-
-
-class Batches:
-    """The calibration records in batches, with a fixed draw of output positions for each."""
-
-    def __init__(self, data: Calibration, size: int, seed: int) -> None:
-        step = size if data.batchable else 1
-        self.data = data
-        self.parts = [list(range(i, min(i + step, len(data)))) for i in range(0, len(data), step)]
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def feeds(self, batch: int) -> dict[str, np.ndarray]:
-        """The model's inputs for one batch."""
-        return self.data.feeds(self.parts[batch])
-
-    def positions(self, reader: Reader, batch: int, total: int) -> np.ndarray:
-        """Flat output positions of a reader to look at in this batch: the same ones for every network."""
-        wanted = max(TARGET_ROWS, ROWS_PER_COLUMN * reader.width)
-        rng = np.random.default_rng([self.seed, reader.index, batch])
-        return sample_positions(total, -(-wanted // len(self.data)), rng)
-
-
-def sample_bytes(analysis: Analysis, names: Sequence[str]) -> int:
-    """Bytes that the named tensors take for one sample."""
-    first = analysis.shapes.probes[0]
-    samples = max((a.shape[0] for a in first.feeds.values() if a.ndim), default=1)
-    return sum(4 * int(np.prod(first.shapes[n])) for n in names if n in first.shapes) // max(samples, 1)
-
-
-def batch_size(analysis: Analysis, names: Sequence[str]) -> int:
-    """Samples per batch such that the named tensors stay within the chunk."""
-    return int(np.clip(_CHUNK_BYTES // max(sample_bytes(analysis, names), 1), 1, _LARGEST_BATCH))
 
 
 def collect(
@@ -91,6 +51,7 @@ def collect(
         feeds = batches.feeds(batch)
         piece = piece or segments.piece(0, len(analysis.graph.nodes), names, feeds)
         found = piece.run(feeds)
+        del feeds
         for k, reader in enumerate(readers):
             x = found[reader.layer.data]
             fixed = _is_fixed(analysis, reader)
@@ -100,6 +61,7 @@ def collect(
             for g, part in enumerate(reader.unfolding.rows(x, positions, out)):
                 grams[k][g] += part.T @ part
             rows[k] += len(x) * len(positions)
+        del found, x  # before the next batch comes
         progress.advance(len(batches.parts[batch]))
     return [
         [Statistics.of_linear(gram, weights, rows[k]) for gram, weights in zip(grams[k], r.weights, strict=True)]
@@ -134,6 +96,7 @@ class Sweep:
         runtime: how to run.
         arrays: stored tensors that are changed from the start.
         blocks: to stop at as well, behind their last reader.
+        room: what all this may take.
     """
 
     def __init__(
@@ -144,8 +107,11 @@ class Sweep:
         runtime: Runtime,
         arrays: Arrays,
         blocks: Sequence[Block] = (),
+        room: Room | None = None,
     ) -> None:
         self.graph = analysis.graph
+        self.room = room or Room.of(None, 0)
+        self.used_files = False
         self.analysis = analysis
         self.batches = batches
         self.arrays = dict(arrays)
@@ -175,12 +141,12 @@ class Sweep:
         """
         if not self.readers:
             return self.arrays
-        with Shelf(FRONTIER_BYTES) as shelf:
+        with Shelf(self.room.frontier) as shelf, Shelf(self.room.rows) as rows:
             here = self._frontier(self.cuts[0])
             original = self._enter(here, {}, shelf)
             # until something changes, both networks are one
             pruned = self._enter(here, self.arrays, shelf) if self.arrays else list(original)
-            taking = {id(b): Taking(b, self.graph, self.batches.parts, self.batches.seed) for b in self.blocks}
+            taking = {id(b): Taking(b, self.graph, self.batches, self.room.block) for b in self.blocks}
             done = {id(b): recall(b) for b in self.blocks}
             for k, reader in enumerate(self.readers):
                 start, last = self.cuts[k], k + 1 == len(self.cuts)
@@ -189,18 +155,19 @@ class Sweep:
                 behind = self._behind(reader, here)
                 blocks = [b for b in self.blocks if reader in b.outer]
                 known = recall(reader)
-                folds, samples = self._empty(reader), Samples.of(behind, reader, len(original))
+                folds, samples = self._empty(reader), Samples.of(behind, reader, len(self.batches.data), rows)
                 piece = None
                 for batch in range(len(original)):
                     now, beside = shelf.get(original[batch]), shelf.get(pruned[batch])
                     piece = piece or self.segments.piece(start, stop, [*ahead, reader.layer.output], now)
-                    found = piece.run(now)
+                    found = piece.compute(now)
                     output = found[reader.layer.output]
                     if known is None:
                         self._add(folds, samples, reader, behind, batch, now, beside, output)
                     for block in [b for b in blocks if done[id(b)] is None]:
                         taking[id(block)].add(batch, reader, behind, output, now, beside)
-                    original[batch] = shelf.put({name: found[name] for name in ahead}, self._bytes(ahead))
+                    original[batch] = self._kept(original[batch], found, ahead, shelf)
+                    del found, output  # before the next batch comes
                 self.arrays |= fit(reader, folds, samples) if known is None else known
                 for block in [b for b in blocks if self._ends[id(b)] == start]:
                     taken, changed = taking.pop(id(block)), done[id(block)]
@@ -214,7 +181,13 @@ class Sweep:
                     self._advance(start, stop, ahead, pruned, shelf)
                 here = ahead
                 progress.advance()
+            self.used_files = shelf.used_files or rows.used_files
         return self.arrays
+
+    def _kept(self, old: Shelved, new: Tensors, names: Sequence[str], shelf: Shelf) -> Shelved:
+        """A batch of a frontier: what was computed anew, and the rest as it is kept already."""
+        passed = {name: old[name] for name in names if name not in new}
+        return {**passed, **shelf.put({name: new[name] for name in names if name in new}, self._bytes(names))}
 
     def _frontier(self, cut: int) -> list[str]:
         """What is needed behind a cut, and what blocks that are still open read."""
@@ -243,7 +216,7 @@ class Sweep:
         for batch, shelved in enumerate(states):
             tensors = shelf.get(shelved)
             piece = piece or self.segments.part(nodes, names, tensors, self.arrays)
-            states[batch] = shelf.put({**tensors, **piece.run(tensors)}, self._bytes(here))
+            states[batch] = self._kept(shelved, piece.compute(tensors), here, shelf)
 
     def _behind(self, reader: Reader, here: Sequence[str]) -> Behind:
         behind, shapes = look_behind(self.graph, reader, set(here)), self.analysis.shapes
@@ -266,7 +239,7 @@ class Sweep:
         for batch, shelved in enumerate(states):
             tensors = shelf.get(shelved)
             piece = piece or self.segments.piece(start, stop, names, tensors, self.arrays)
-            states[batch] = shelf.put(piece.run(tensors), self._bytes(names))
+            states[batch] = self._kept(shelved, piece.compute(tensors), names, shelf)
 
     def _bytes(self, names: Sequence[str]) -> int:
         """What a frontier of both networks takes."""
@@ -299,16 +272,18 @@ class Sweep:
             if here is not there:
                 gap = reader.unfolding.targets(here, positions) - shortcut
                 target = target + behind.before_scale(gap, (len(gap), 1, -1))
-        # samples take turns between the folds, whatever the batch size
-        fold = (np.arange(len(x)) + batch) % FOLDS
+        # samples take turns between the folds; a record of several samples parts them
+        first, each = self.batches.parts[batch][0], target.shape[1] // len(x)
+        fold = (first + np.arange(len(x))) % FOLDS
         for k in range(FOLDS):
             mine = np.flatnonzero(fold == k)
             if not len(mine):
                 continue
             rows = reader.unfolding.rows(x[mine], positions, out)
-            chosen = np.repeat(fold == k, target.shape[1] // len(x))
+            chosen = np.repeat(fold == k, each)
             wanted = target[:, chosen]
             for g in range(len(rows)):
                 folds[g][k].add(rows[g], wanted[g])
             if samples is not None:
-                samples.add(rows[0], wanted[0], shortcut[0][chosen] if shortcut is not None else None)
+                numbers = ((first + mine)[:, None] * each + np.arange(each)).ravel()
+                samples.add(numbers, each, rows[0], wanted[0], shortcut[0][chosen] if shortcut is not None else None)

@@ -29,6 +29,7 @@ from onnxprune.options import (
     with_choosing,
     with_data,
     with_layers,
+    with_memory,
     with_preprocessing,
     with_provider,
     with_sampling,
@@ -130,6 +131,7 @@ def cli() -> None:
     " --data then only measures fidelity.",
 )
 @with_approximate
+@with_memory
 @click.option("--no-reconstruct", is_flag=True, help="Keep the weights as they are; only take channels out.")
 @with_layers
 @click.option("--resume", is_flag=True, help="Go on from where the same run was stopped.")
@@ -213,6 +215,7 @@ def prune(
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
 @with_data
 @with_sampling
+@with_memory
 @with_threads
 @with_provider
 @with_choosing

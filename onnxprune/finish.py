@@ -133,7 +133,7 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
         fidelity = None
         if prepared.held_out is not None:
             fidelity = measure_fidelity(
-                original, pruned, prepared.held_out, settings.batch_size or 32, runtime, sessions=sessions
+                original, pruned, prepared.held_out, chooser.at_once, runtime, sessions=sessions
             )
         sample = prepared.calibration.feeds([0])
         before, after = replace(prepared.before, latency_ms=times[0]), measures(pruned, sample, runtime, times[1])

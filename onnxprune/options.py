@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,6 +58,17 @@ def count(value: object) -> float:
         if 0 < number < math.inf:
             return number
     raise click.BadParameter(f"expected a number above 0 such as 5M, found '{value}'.")
+
+
+def size(value: object) -> int:
+    """Bytes, with their unit."""
+    found = re.fullmatch(r"([0-9.]+) *([kKMGT]?)(iB|B)?", str(value).strip())
+    with contextlib.suppress(ValueError):
+        if found:
+            number = float(found[1]) * (1000 if found[3] == "B" else 1024) ** " KMGT".index(found[2].upper() or " ")
+            if number >= 1:
+                return int(number)
+    raise click.BadParameter(f"expected bytes such as 512MiB or 2GiB, found '{value}'.")
 
 
 def shape(value: object) -> tuple[str, tuple[int, ...]]:
@@ -112,6 +124,12 @@ with_sampling = _options(
     click.option(
         "--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of every random choice (default 0)."
     ),
+)
+with_memory = click.option(
+    "--memory",
+    type=size,
+    metavar="BYTES",
+    help="Stay within so much memory, such as 512MiB (default: half of what is free).",
 )
 with_threads = click.option(
     "--threads", type=click.IntRange(min=0), default=0, metavar="N", help="Threads of onnxruntime (0: one per core)."

@@ -10,13 +10,15 @@ import numpy as np
 
 from onnxprune import budget
 from onnxprune.analysis import Analysis, GroupInfo
+from onnxprune.batches import LARGEST, Batches, batch_size, enough, rows_bytes, sample_bytes
 from onnxprune.blocks import BlockData, find_blocks
-from onnxprune.calibrate import Arrays, Batches, Sweep, batch_size, collect
+from onnxprune.calibrate import Arrays, Sweep, collect
 from onnxprune.costs import Several
 from onnxprune.data import Calibration
 from onnxprune.joint import Network, Part, current, fit_block, stored_tensors
 from onnxprune.journal import Journal
 from onnxprune.layers import Layer
+from onnxprune.memory import Room, text
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers, matrices_of
@@ -24,7 +26,7 @@ from onnxprune.reconstruct import Fit, Saturation, fit, refine, solve
 from onnxprune.runtime import Runtime
 from onnxprune.select import Problem, Ranking
 from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights
-from onnxprune.sensitivity import measure
+from onnxprune.sensitivity import Variants, measure
 from onnxprune.statistics import Statistics
 from onnxprune.steps import Steps
 from onnxprune.surroundings import Behind, Samples
@@ -52,6 +54,7 @@ class Chooser:
     budget: str
     seed: int
     batch: int | None = None
+    memory: int | None = None
     readers: tuple[Reader, ...] = ()
     statistics: dict[int, list[Statistics]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
@@ -67,6 +70,9 @@ class Chooser:
             for info in self.analysis.groups:
                 scales(info, self.analysis)
         self.readers = find_readers(self.analysis)
+        # statistics of all readers, and what is worked out from those of one
+        sums = [8 * r.weights.shape[0] * r.width * (r.width + r.weights.shape[2]) for r in self.readers]
+        self.room = Room.of(self.memory, sum(sums) + 4 * max(sums, default=0))
         # damage is measured on samples that the first reconstructions have not seen
         count = 8 * len(self.data) // max(len(self.analysis.groups) * len(LEVELS), 1)
         count = min(max(count, FEWEST_SENSITIVITY_SAMPLES), MOST_SENSITIVITY_SAMPLES, len(self.data) // 2)
@@ -77,8 +83,7 @@ class Chooser:
     def collect(self) -> None:
         """Sum up what every reader of a group reads in the original network."""
         chosen = [r for r in self.readers if r.columns]
-        size = self.batch or batch_size(self.analysis, [r.layer.data for r in chosen])
-        batches = Batches(self.first, size, self.seed)
+        batches = self._batches(self.first, chosen, sorted({r.layer.data for r in chosen}))
         with self.progress.stage("calibrate", len(self.first)):
             found = collect(self.analysis, chosen, batches, self.runtime, self.progress) if chosen else []
         self.statistics = {r.index: s for r, s in zip(chosen, found, strict=True)}
@@ -141,39 +146,62 @@ class Chooser:
 
     def measured_damage(self) -> list[tuple[list[int], list[float]]]:
         """Per group a few kept counts, and the damage to the output at each."""
-        batches = Batches(
-            self.pricing, self.batch or batch_size(self.analysis, [r.layer.data for r in self.readers]), self.seed
-        )
+        batches = self._batches(self.pricing, (), sorted({r.layer.data for r in self.readers}))
         levels = [self._levels(info.units) for info in self.analysis.groups]
         with self.progress.stage("sensitivity", len(self.analysis.groups)):
             variants = {
-                info.group.index: [self._variant(info, self.rankings[info.group.index].kept(k)) for k in counts]
+                info.group.index: self._variants(info, counts)
                 for info, counts in zip(self.analysis.groups, levels, strict=True)
             }
-            damage = measure(self.analysis, variants, batches, self.runtime, self.progress)
+            damage = measure(self.analysis, variants, batches, self.runtime, self.progress, self.room)
         return [(levels[g], damage[g]) for g in range(len(levels))]
 
     @staticmethod
     def _levels(units: int) -> list[int]:
         return sorted({min(max(round(units * share), 1), units - 1) for share in LEVELS})
 
-    def _variant(self, info: GroupInfo, kept: np.ndarray) -> Arrays:
-        """Stored tensors of the network in which only this group is narrowed, its readers fitted to the original."""
-        silent: dict[str, np.ndarray] = {}
-        if unfitted_weights(info, self.analysis, self.readers):
-            silent = removed_weights(info, self.analysis, kept)
-        arrays = {name: self.analysis.graph.array(name) for name in silent}
-        for reader in self.readers:
-            columns = reader.columns.get(info.group.index)
-            if columns is None or reader.index not in self.statistics:
-                continue
-            left = np.setdiff1d(np.arange(reader.width), np.delete(columns, kept, axis=0).ravel())
-            left = left[:-1] if not reader.layer.bias else left
-            matrices = [
-                solve(s, left, w, _RIDGE) for s, w in zip(self.statistics[reader.index], reader.weights, strict=True)
-            ]
-            arrays |= stored_tensors(self.analysis.graph, reader.layer, np.stack(matrices))
-        return {name: without(array, silent.get(name)) for name, array in arrays.items()}
+    def _variants(self, info: GroupInfo, counts: Sequence[int]) -> Variants:
+        """The networks in which only this group is narrowed, its readers fitted to the original."""
+        graph = self.analysis.graph
+        silenced = bool(unfitted_weights(info, self.analysis, self.readers))
+        readers = [r for r in self.readers if info.group.index in r.columns and r.index in self.statistics]
+        tensors = set(removed_weights(info, self.analysis, np.empty(0, np.int64)) if silenced else ())
+        tensors |= {name for r in readers for name in (r.layer.weight, r.layer.bias) if name}
+
+        def made(kept: np.ndarray) -> Arrays:
+            silent = removed_weights(info, self.analysis, kept) if silenced else {}
+            arrays = {name: graph.array(name) for name in silent}
+            for reader in readers:
+                gone = np.delete(reader.columns[info.group.index], kept, axis=0).ravel()
+                left = np.setdiff1d(np.arange(reader.width), gone)
+                left = left[:-1] if not reader.layer.bias else left
+                statistics = self.statistics[reader.index]
+                matrices = [solve(s, left, w, _RIDGE) for s, w in zip(statistics, reader.weights, strict=True)]
+                arrays |= stored_tensors(graph, reader.layer, np.stack(matrices))
+            return {name: without(array, silent.get(name)) for name, array in arrays.items()}
+
+        ranking = self.rankings[info.group.index]
+        return Variants(sorted(tensors), (made(ranking.kept(k)) for k in counts), len(counts))
+
+    def _batches(self, data: Calibration, readers: Sequence[Reader], held: Sequence[str]) -> Batches:
+        """The data in batches such that what is held of one, and what is unfolded of it, has room."""
+        unfolded = {r.layer.data: rows_bytes(self.analysis, r, len(data)) for r in readers}
+        sizes = {name: sample_bytes(self.analysis, [name]) + unfolded.get(name, 0) for name in held}
+        largest = max(sizes, key=lambda name: sizes[name], default="")
+        self.room.check(largest, sizes.get(largest, 0))
+        # what the runtime holds, what it hands over, and what is made of one tensor after the other
+        size = 2 * sample_bytes(self.analysis, held) + max(unfolded.values(), default=0)
+        return Batches(data, self._at_once(size), self.seed)
+
+    @property
+    def at_once(self) -> int:
+        """Samples to run whole networks on."""
+        return self._at_once(2 * sample_bytes(self.analysis, sorted({r.layer.data for r in self.readers})))
+
+    def _at_once(self, size: int) -> int:
+        """Samples of so many bytes each."""
+        fitting = batch_size(size, self.room.batch)
+        return min(self.batch or fitting, LARGEST if self.memory is None else fitting)
 
     # -------------------------------------------------------------------------------------------------- sweep
 
@@ -192,15 +220,9 @@ class Chooser:
         for group in pending:
             del self.kept[group]
         cut = [r for r in self.readers if not r.columns or self._is_cut(r, counts)]
-        size = self.batch or batch_size(self.analysis, [r.layer.data for r in cut])
-        runner = Sweep(
-            self.analysis,
-            cut,
-            Batches(self.data, size, self.seed),
-            self.runtime,
-            arrays,
-            find_blocks(self.analysis, self.readers),
-        )
+        blocks = find_blocks(self.analysis, self.readers)
+        batches = self._batches(self._enough(cut), cut, sorted({r.layer.data for r in cut}))
+        runner = Sweep(self.analysis, cut, batches, self.runtime, arrays, blocks, self.room)
         steps = Steps(self, counts, pending)
 
         def fit_reader(reader: Reader, folds: list[list[Statistics]], samples: Samples | None) -> Arrays:
@@ -214,11 +236,38 @@ class Chooser:
             left = self._left(reader)
             fits = [fit(part, left, weights) for part, weights in zip(folds, reader.weights, strict=True)]
             if samples is not None:
-                fits = [refine(fits[0], *samples.arrays(), samples.saturation, left, reader.weights[0])]
+                samples.narrow(left)
+                fits = [refine(fits[0], samples, samples.saturation, left, reader.weights[0])]
             return self._fitted(reader, fits, silent)
 
         with self.progress.stage("reconstruct", len(cut)):
-            return runner.run(steps.reader(fit_reader), steps.block(self._fit_block), self.progress, steps.recall)
+            found = runner.run(steps.reader(fit_reader), steps.block(self._fit_block), self.progress, steps.recall)
+        self._say_what_was_adapted(batches, runner)
+        return found
+
+    def _enough(self, readers: Sequence[Reader]) -> Calibration:
+        """The first samples of the data, as many as the fits have a use for."""
+        count = enough(self.analysis, readers)
+        if count >= len(self.data):
+            return self.data
+        self._say(f"the weights were fitted to {count} of the {len(self.data)} samples: more would change little")
+        return self.data.split(len(self.data) - count)[0]
+
+    def _say_what_was_adapted(self, batches: Batches, runner: Sweep) -> None:
+        """What is done otherwise, for want of memory, than it would be done."""
+        done = []
+        if self.room.is_short("batch"):
+            done.append(f"batches of {max(map(len, batches.parts))}")
+        if runner.used_files and self.room.is_short("frontier"):
+            done.append("activations in files")
+        if self.room.is_short("block"):
+            done.append(f"{text(self.room.block)} of activations for the fit of two layers")
+        if done:
+            self._say(f"to stay within {text(self.room.limit)} of memory: {', '.join(done)}")
+
+    def _say(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def fit_once(self, counts: np.ndarray) -> Arrays:
         """Choose, and fit every reader to what it gave in the original, from the statistics alone; as `sweep` does."""

@@ -18,14 +18,12 @@ import onnxruntime as ort
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph
 from onnxprune.inference import infer
-from onnxprune.runtime import Runtime, expose
+from onnxprune.runtime import Runtime, expose, in_slices
 
 Feeds = Mapping[str, np.ndarray]
 
 # what they give has a size that depends on values: one run says nothing about another
 COUNTING = frozenset({"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "SequenceMap", "Unique"})
-_LARGE = 1 << 28  # elements of weights, above which not all tensors are held at once
-_SLICE = 256  # tensors that are held at once then
 _KEEP_VALUES = 4096  # elements: shapes, indices and sizes are short; activations are not kept
 
 Sizes = tuple[int, int, int, int]  # (batch, height, width, any other dynamic dimension)
@@ -315,17 +313,15 @@ def _read_by_weights(graph: Graph, name: str) -> dict[int, int]:
 
 
 class _Prober:
-    """A session that shows every tensor; of large models a slice of them per run, so that memory suffices."""
+    """A session that shows every tensor."""
 
     def __init__(self, graph: Graph, runtime: Runtime) -> None:
         self.graph = graph
         self.runtime = replace(runtime, provider="cpu")
         self.names = [name for node in graph.nodes for name in node.outputs if name]
-        self.session = self.runtime.session(expose(graph.model, self.names), optimise=False)
+        self.sessions: dict[tuple[str, ...], ort.InferenceSession] = {}
         self.declared = {n: t.elem_type for n, t in infer(graph.model).items()} if runtime.as_float32 else {}
         self.float32 = {name for name, kind in self.declared.items() if kind == onnx.TensorProto.FLOAT}
-        weights = sum(int(np.prod(t.dims, dtype=np.int64)) for t in graph.initializers.values())
-        self.slice = len(self.names) if weights < _LARGE else _SLICE
 
     def run(self, feeds: Feeds) -> Probe:
         given = {
@@ -337,7 +333,7 @@ class _Prober:
         types = {name: int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in feeds.items()}
         types |= {name: self.graph.stored(name).data_type for name in self.graph.stored_names()}
         values: dict[str, np.ndarray] = {}
-        for name, value in self._values(given):
+        for name, value in in_slices(self.names, lambda names: self._session(names).run_with_ort_values(names, given)):
             if value is None or not value.has_value() or not value.is_tensor():
                 continue
             shapes[name] = tuple(value.shape())
@@ -350,10 +346,10 @@ class _Prober:
                 values[name] = value.numpy()
         return Probe(feeds, shapes, values, types)
 
-    def _values(self, given: Mapping[str, ort.OrtValue]) -> Iterator[tuple[str, ort.OrtValue]]:
-        for start in range(0, len(self.names), max(self.slice, 1)):
-            names = self.names[start : start + self.slice]
-            yield from zip(names, self.session.run_with_ort_values(names, given), strict=True)
+    def _session(self, names: tuple[str, ...]) -> ort.InferenceSession:
+        if names not in self.sessions:
+            self.sessions[names] = self.runtime.session(expose(self.graph.model, names), optimise=False)
+        return self.sessions[names]
 
 
 _READABLE = frozenset(

@@ -8,7 +8,7 @@ towards zero means that few samples can do little harm; ``r`` is chosen on sampl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,15 +128,10 @@ class Saturation:
         return result
 
 
-def refine(
-    start: Fit,
-    rows: np.ndarray,
-    wanted: np.ndarray,
-    offset: np.ndarray,
-    saturation: Saturation,
-    kept: np.ndarray,
-    prior: np.ndarray,
-) -> Fit:
+Chunk = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def refine(start: Fit, parts: Iterable[Chunk], saturation: Saturation, kept: np.ndarray, prior: np.ndarray) -> Fit:
     """Fit what comes out of the limiter behind the layer, rather than what goes in.
 
     Where the original is cut off, any output beyond the limit is as good. The squared error over such one-sided targets
@@ -146,17 +141,20 @@ def refine(
 
     Args:
         start: the linear fit.
-        rows: (rows, p) unfolded input, the bias column last.
-        wanted: (rows, o) target of the layer's output.
-        offset: (rows, o) what is added behind it.
+        parts: what is gone through at every step, a part of the rows at a time: (rows, kept) unfolded input, (rows, o)
+            target of the layer's output, (rows, o) what is added behind it.
         saturation: the limiter.
         kept: indices of the kept columns.
         prior: (p, o) the weights to shrink towards, as in `fit`.
     """
-    used = rows[:, kept]
-    gram = (used.T @ used).astype(np.float64)
+    gram, energy = np.zeros((len(kept), len(kept))), 0.0
+    for rows, wanted, _ in parts:
+        gram += rows.T @ rows
+        energy += float(np.square(wanted, dtype=np.float64).sum())
+    energy = max(energy, np.finfo(float).tiny)
+    bias = kept == len(prior) - 1
     ridge = np.full(len(kept), max(start.ridge, RIDGES[0]) * max(float(np.diag(gram).mean()), np.finfo(float).tiny))
-    ridge[kept == rows.shape[1] - 1] = 1e-9 * gram[-1, -1]  # the bias
+    ridge[bias] = 1e-9 * np.diag(gram)[bias]
     gram[np.diag_indices_from(gram)] += ridge
     try:
         factor = cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)
@@ -164,13 +162,16 @@ def refine(
         return start
     weights, losses = start.weights[kept], []
     for step in range(_REFINEMENTS + 1):
-        now = used @ weights.astype(rows.dtype)
-        goal = saturation.target(wanted, offset, now)
-        losses.append(float(np.square(goal - now, dtype=np.float64).sum()))
+        loss, right = 0.0, ridge[:, None] * prior[kept]
+        for rows, wanted, offset in parts:
+            now = rows @ weights.astype(rows.dtype)
+            goal = saturation.target(wanted, offset, now)
+            loss += float(np.square(goal - now, dtype=np.float64).sum())
+            if step < _REFINEMENTS:
+                right += rows.T @ goal
+        losses.append(loss)
         if step < _REFINEMENTS:
-            solution = cho_solve(factor, used.T @ goal + ridge[:, None] * prior[kept])
-            weights = weights + _RELAXATION * (solution - weights)
-    energy = max(float(np.square(wanted, dtype=np.float64).sum()), np.finfo(float).tiny)
+            weights = weights + _RELAXATION * (cho_solve(factor, right) - weights)
     if not losses[-1] < losses[0]:
         return Fit(start.weights, start.ridge, losses[0] / energy)
     full = np.zeros_like(start.weights)

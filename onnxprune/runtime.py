@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from onnxprune.tensors import detached
 
 ort.set_default_logger_severity(4)  # GPU builds warn about missing drivers on machines without one
 
+_FIRST_SLICE, _SLICE_BYTES = 8, 64 << 20  # tensors of a model that are looked at together
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -117,6 +118,7 @@ class Runtime:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if not optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_cpu_mem_arena = False  # which would keep what was once needed
         if self.as_float32:
             model = float32_copy(onnx.load_from_string(model) if isinstance(model, bytes) else model)
         values: dict[str, np.ndarray] = {}
@@ -159,6 +161,32 @@ class _Float32Session(ort.InferenceSession):  # type: ignore[misc]
 
     def run(self, output_names: Any, input_feed: Mapping[str, np.ndarray], run_options: Any = None) -> Any:
         return super().run(output_names, Runtime(as_float32=True).feeds(input_feed), run_options)
+
+
+def in_slices(names: Sequence[str], run: Callable[[tuple[str, ...]], Sequence[Any]]) -> Iterator[tuple[str, Any]]:
+    """What a model gives for many tensors: some at a time, with a run for each slice, so that little is held at once.
+
+    Args:
+        names: of the tensors.
+        run: from some of the names to their arrays, or the runtime's own values, by a session that has no other
+            outputs: the runtime holds them all until the end of a run, whether they are asked for or not.
+    """
+    start, length = 0, _FIRST_SLICE
+    while start < len(names):
+        values = list(run(tuple(names[start : start + length])))
+        held = sum(map(_bytes, values))
+        for name in names[start : start + length]:
+            yield name, values.pop(0)
+        start += length
+        length = max(int(length * min(_SLICE_BYTES / max(held, 1), 8.0)), 1)
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, ort.OrtValue) and value.has_value() and value.is_tensor():
+        return 4 * int(np.prod(value.shape(), dtype=np.int64))
+    if isinstance(value, tuple):
+        return sum(map(_bytes, value))
+    return int(getattr(value, "nbytes", 0))
 
 
 def expose(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

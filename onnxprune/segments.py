@@ -165,7 +165,14 @@ class Piece:
     def run(
         self, tensors: Mapping[str, np.ndarray], free: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
-        """Compute the outputs from the tensors of the frontier."""
-        given = {name: (free or {}).get(name, tensors.get(name)) for name in self.inputs}
-        found = dict(zip(self.computed, self.session.run(self.computed, given), strict=True)) if self.session else {}
+        """The outputs, from the tensors of the frontier."""
+        found = self.compute(tensors, free)
         return {name: found[name] if name in found else tensors[name] for name in self.outputs}
+
+    def compute(
+        self, tensors: Mapping[str, np.ndarray], free: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The outputs that are not merely passed on."""
+        free = free or {}
+        given = {name: free[name] if name in free else tensors[name] for name in self.inputs}
+        return dict(zip(self.computed, self.session.run(self.computed, given), strict=True)) if self.session else {}

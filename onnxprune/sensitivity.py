@@ -7,25 +7,33 @@ squared error elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import log_softmax
 
 from onnxprune.analysis import Analysis
-from onnxprune.calibrate import FRONTIER_BYTES, Arrays, Batches, sample_bytes
+from onnxprune.batches import Batches, sample_bytes
+from onnxprune.calibrate import Arrays
+from onnxprune.memory import Room
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
 from onnxprune.runtime import Runtime
 from onnxprune.segments import Segments, late_order
+from onnxprune.shelf import Shelf
 
 
-def divergence(original: Mapping[str, np.ndarray], changed: Mapping[str, np.ndarray]) -> float:
+def divergence(
+    original: Mapping[str, np.ndarray], changed: Mapping[str, np.ndarray], spreads: Mapping[str, float] | None = None
+) -> float:
     """How far outputs moved, summed over the samples and the floating-point outputs.
 
     Scores (rank 2, at least two classes) are compared as distributions, mean KL(original || changed) in nats; they may
-    be logits or probabilities. Other outputs by squared error relative to their variance.
+    be logits or probabilities. Other outputs by squared error relative to their variance: ``spreads``, for samples that
+    are not all that there are.
     """
+    spreads = spreads if spreads is not None else _spreads([original])
     total = 0.0
     for name, a in original.items():
         b = changed[name]
@@ -38,9 +46,19 @@ def divergence(original: Mapping[str, np.ndarray], changed: Mapping[str, np.ndar
             p, q = _log_probabilities(one), _log_probabilities(two)
             total += float((np.exp(p) * (p - q)).sum())
         else:
-            spread = float(np.square(one - one.mean()).mean()) or 1.0
-            total += float(np.square(one - two).mean() / spread) * len(a)
+            total += float(np.square(one - two).mean() / spreads[name]) * len(a)
     return total
+
+
+def _spreads(outputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Variance of every output over all of its values; one where it does not vary."""
+    found = {}
+    for name in outputs[0]:
+        values = [part[name] for part in outputs if part[name].dtype.kind == "f" and part[name].size]
+        count = sum(v.size for v in values)
+        mean = sum(float(v.sum(dtype=np.float64)) for v in values) / max(count, 1)
+        found[name] = sum(float(np.square(v - mean, dtype=np.float64).sum()) for v in values) / max(count, 1) or 1.0
+    return found
 
 
 def _log_probabilities(scores: np.ndarray) -> np.ndarray:
@@ -52,56 +70,83 @@ def _log_probabilities(scores: np.ndarray) -> np.ndarray:
 
 
 Variant = Mapping[str, np.ndarray]  # new values of some stored tensors
+_LOOKED_AT = 1 << 30  # bytes that the largest frontier of the samples may take
+
+
+@dataclass(frozen=True, eq=False)
+class Variants:
+    """Alternatives to a network that all change the same stored tensors.
+
+    Attributes:
+        tensors: their names.
+        values: per alternative their values, made one at a time.
+        count: how many alternatives there are.
+    """
+
+    tensors: Sequence[str]
+    values: Iterable[Variant]
+    count: int
 
 
 def measure(
     analysis: Analysis,
-    variants: Mapping[int, Sequence[Variant]],
+    variants: Mapping[int, Variants],
     batches: Batches,
     runtime: Runtime,
     progress: Progress,
+    room: Room,
 ) -> dict[int, list[float]]:
     """Divergence of the output for variants of the network, each run only from the first changed layer on.
 
     Args:
         analysis: of the original.
-        variants: per group, alternatives that all change the same stored tensors.
+        variants: per group.
         batches: the data to run on.
         runtime: how to run.
         progress: advanced by one per group.
+        room: what this may take.
     """
     graph = analysis.graph
     names = [n for n in graph.outputs if n not in graph.computed_from_constants]
-    changed = {g: sorted(options[0]) for g, options in variants.items() if options and options[0]}
+    changed = {g: sorted(v.tensors) for g, v in variants.items() if v.count and v.tensors}
     first = {g: min(n.index for name in tensors for n in graph.consumers[name]) for g, tensors in changed.items()}
     order = late_order(graph, set(first.values()))
     segments = Segments(graph, order, runtime, analysis.shapes)
     place = {g: min(segments.place[n.index] for name in changed[g] for n in graph.consumers[name]) for g in changed}
-    widest = max((sample_bytes(analysis, segments.frontier(at)) for at in set(place.values())), default=0)
-    room = max(FRONTIER_BYTES // max(widest, 1), 1)
-    used = [k for k in range(len(batches)) if sum(map(len, batches.parts[: k + 1])) <= room] or [0]
-    states = [dict(batches.feeds(batch)) for batch in used]
-    whole = segments.piece(0, len(order), names, states[0])
-    expected = [whole.run(feeds) for feeds in states]
-    # where nothing that is stored silences a unit, its price is not known
-    results = {g: [np.inf] * len(options) for g, options in variants.items() if options and not options[0]}
-    here = 0
+    sizes = {at: sample_bytes(analysis, segments.frontier(at)) for at in set(place.values())}
+    most = max(_LOOKED_AT // max(max(sizes.values(), default=1), 1), 1)
+    used = [k for k in range(len(batches)) if batches.parts[k][-1] < most] or [0]
     samples = sum(len(batches.parts[k]) for k in used)
-    for group in sorted(changed, key=lambda g: place[g]):
-        if place[group] > here:
-            piece = segments.piece(here, place[group], segments.frontier(place[group]), states[0])
-            states = [piece.run(tensors) for tensors in states]
-            here = place[group]
-        # the outputs that come before this point are in the frontier only if somebody still reads them
-        later = [n for n in names if n not in graph.producer or segments.place[graph.producer[n].index] >= here]
-        suffix = segments.piece(here, len(order), later, states[0], free=changed[group])
-        results[group] = []
-        for variant in variants[group]:
-            arrays: Arrays = {k: cast(v, graph.array(k).dtype) for k, v in variant.items()}
-            moved = sum(
-                divergence({n: wanted[n] for n in later}, suffix.run(tensors, arrays))
-                for tensors, wanted in zip(states, expected, strict=True)
-            )
-            results[group].append(moved / samples)
-        progress.advance()
+    # where nothing that is stored silences a unit, its price is not known
+    results = {g: [np.inf] * v.count for g, v in variants.items() if v.count and not v.tensors}
+    with Shelf(room.frontier) as shelf:
+        states = [shelf.put(batches.feeds(k), samples * sample_bytes(analysis, segments.frontier(0))) for k in used]
+        whole = segments.piece(0, len(order), names, shelf.get(states[0]))
+        expected = [whole.run(shelf.get(state)) for state in states]
+        del whole  # a session holds what it once needed
+        spreads = _spreads(expected)
+        here = 0
+        for group in sorted(changed, key=lambda g: place[g]):
+            if place[group] > here:
+                frontier = segments.frontier(place[group])
+                piece = segments.piece(here, place[group], frontier, shelf.get(states[0]))
+                here = place[group]
+                for k, state in enumerate(states):
+                    found = piece.compute(shelf.get(state))
+                    passed = {name: state[name] for name in frontier if name not in found}
+                    states[k] = {**passed, **shelf.put(found, samples * sizes[here])}
+                del piece, found
+            # the outputs that come before this point are in the frontier only if somebody still reads them
+            later = [n for n in names if n not in graph.producer or segments.place[graph.producer[n].index] >= here]
+            suffix = segments.piece(here, len(order), later, shelf.get(states[0]), free=changed[group])
+            results[group] = []
+            for variant in variants[group].values:
+                arrays: Arrays = {k: cast(v, graph.array(k).dtype) for k, v in variant.items()}
+                moved = sum(
+                    divergence({n: wanted[n] for n in later}, suffix.run(shelf.get(state), arrays), spreads)
+                    for state, wanted in zip(states, expected, strict=True)
+                )
+                results[group].append(moved / samples)
+            del suffix
+            progress.advance()
     return results

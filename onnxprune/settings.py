@@ -32,6 +32,7 @@ class Settings:
     data: object = None
     samples: int | None = None
     batch_size: int | None = None
+    memory: int | None = None
     seed: int = 0
     threads: int = 0
     provider: str = "cpu"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,9 +11,9 @@ import numpy as np
 from onnxprune.graph import Graph, Node
 from onnxprune.readers import Reader
 from onnxprune.reconstruct import Saturation
-from onnxprune.statistics import FOLDS
+from onnxprune.shelf import Shelf, Shelved
 
-_SAMPLE_BYTES = 256 << 20  # rows kept for one reader
+_SAMPLE_BYTES = 256 << 20  # that rows kept for one reader may take, in memory or in files
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,32 +103,63 @@ def _limits(node: Node, graph: Graph) -> tuple[float, float] | None:
 
 @dataclass(eq=False)
 class Samples:
-    """Rows kept as they are, for a fit that needs more than sums: as many as fit into a limit of memory."""
+    """Rows kept as they are, for a fit that needs more than sums: as many as fit into a limit of memory.
+
+    Attributes:
+        saturation: the limiter behind the reader.
+        shift: what is added in front of it.
+        count: samples that will come.
+        width: bytes of a row with all that belongs to it.
+        shelf: where the rows are kept.
+        parts: per batch and fold, the (n, p) rows, and (n, o) what is wanted there and what is added behind it.
+    """
 
     saturation: Saturation
     shift: np.ndarray
-    per_batch: int
-    rows: list[np.ndarray] = field(default_factory=list)
-    wanted: list[np.ndarray] = field(default_factory=list)
-    offset: list[np.ndarray] = field(default_factory=list)
+    count: int
+    width: int
+    shelf: Shelf
+    parts: list[Shelved] = field(default_factory=list)
+    together: int = 0
 
     @staticmethod
-    def of(behind: Behind, reader: Reader, batches: int) -> Samples | None:
+    def of(behind: Behind, reader: Reader, count: int, shelf: Shelf) -> Samples | None:
         """Room for a reader's rows; None where no limiter follows."""
         if behind.limits is None or len(reader.weights) != 1:
             return None
         width = 4 * (reader.width + 2 * len(behind.scale))
         saturation = Saturation(behind.scale.astype(np.float32), *behind.limits)
-        return Samples(saturation, behind.shift.astype(np.float32), max(_SAMPLE_BYTES // width // (FOLDS * batches), 1))
+        return Samples(saturation, behind.shift.astype(np.float32), count, width, shelf)
 
-    def add(self, rows: np.ndarray, wanted: np.ndarray, shortcut: np.ndarray | None) -> None:
-        """Add a batch: (rows, p), (rows, o), and what the pruned network's shortcut gives."""
-        step = -(-len(rows) // self.per_batch)
-        self.rows.append(rows[::step].copy())
-        self.wanted.append(wanted[::step].copy())
+    def add(
+        self, numbers: np.ndarray, each: int, rows: np.ndarray, wanted: np.ndarray, shortcut: np.ndarray | None
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            numbers: (n,) of the rows, among those of all samples: which are kept does not depend on the batches.
+            each: rows of a sample.
+            rows: (n, p).
+            wanted: (n, o).
+            shortcut: (n, o) what the pruned network's shortcut gives.
+        """
+        step = -(-self.count * each * self.width // _SAMPLE_BYTES)
+        while math.gcd(step, each) > 1:  # else some positions of the samples would never be looked at
+            step += 1
+        chosen = numbers % step == 0
+        self.together = self.count * each * self.width // step
         offset = np.broadcast_to(self.shift, wanted.shape) if shortcut is None else shortcut + self.shift
-        self.offset.append(offset[::step].copy())
+        found = {"rows": rows[chosen], "wanted": wanted[chosen], "offset": offset[chosen]}
+        self.parts.append(self.shelf.put(found, self.together))
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All of it: (rows, p), (rows, o), (rows, o)."""
-        return np.concatenate(self.rows), np.concatenate(self.wanted), np.concatenate(self.offset)
+    def narrow(self, columns: np.ndarray) -> None:
+        """Keep these columns of the rows only."""
+        for k, part in enumerate(self.parts):
+            rows = self.shelf.get(part)["rows"]
+            self.parts[k] = {**part, **self.shelf.put({"rows": rows[:, columns]}, self.together)}
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The rows, what is wanted, and what is added, part by part."""
+        for part in self.parts:
+            tensors = self.shelf.get(part)
+            yield tensors["rows"], tensors["wanted"], tensors["offset"]

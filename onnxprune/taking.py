@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnxprune.batches import Batches
 from onnxprune.blocks import Block, BlockData
 from onnxprune.graph import Graph
 from onnxprune.readers import Reader
@@ -19,7 +20,6 @@ from onnxprune.surroundings import Behind
 from onnxprune.unfold import Unfolding, columns_of
 
 ROWS = 1 << 16  # positions in all
-BYTES = 384 << 20  # that the unfolded inputs and the outputs may take
 SIDE = 10  # the shortest side of a window, where the whole is larger
 _COPIES = 8  # of an output that a fit works with: wanted, offset, what is missing, ...
 
@@ -97,12 +97,12 @@ class Taking:
     Args:
         block: the block.
         graph: its network.
-        parts: per batch, which samples it holds.
-        seed: of the windows' places.
+        batches: the data.
+        room: bytes that the unfolded inputs and the outputs may take.
     """
 
-    def __init__(self, block: Block, graph: Graph, parts: Sequence[Sequence[int]], seed: int) -> None:
-        self.block, self.graph, self.parts, self.seed = block, graph, parts, seed
+    def __init__(self, block: Block, graph: Graph, batches: Batches, room: int) -> None:
+        self.block, self.graph, self.batches, self.room = block, graph, batches, room
         self.behind: list[Behind] = []
         self.held: dict[str, list[np.ndarray]] = {name: [] for name in block.held}
         self.wanted: list[list[np.ndarray]] = []
@@ -124,7 +124,7 @@ class Taking:
         whole = self._spatial(pruned[self.block.tensor])
         if not self._step:
             self._size, self._step = self._plan(whole, output)
-        chosen = np.flatnonzero(np.asarray(self.parts[batch]) % self._step == 0)
+        chosen = np.flatnonzero(np.asarray(self.batches.parts[batch]) % self._step == 0)
         if not len(chosen):
             return
         window = Window(whole, self._size, self._start(whole, batch))
@@ -175,7 +175,7 @@ class Taking:
         return np.ascontiguousarray(_wide(array[(slice(None), *places)]))
 
     def _start(self, whole: tuple[int, ...], batch: int) -> tuple[int, ...]:
-        rng = np.random.default_rng([self.seed, batch, *self.block.nodes])
+        rng = np.random.default_rng([self.batches.seed, self.batches.draw(batch), *self.block.nodes])
         grid = self._grid(len(whole))
         return tuple(
             int(rng.integers((full - size) // g + 1)) * g for full, size, g in zip(whole, self._size, grid, strict=True)
@@ -186,14 +186,14 @@ class Taking:
 
     def _plan(self, whole: tuple[int, ...], output: np.ndarray) -> tuple[tuple[int, ...], int]:
         """The size of a window, and of how many samples one is looked at."""
-        samples, per_position = sum(map(len, self.parts)), 0
+        samples, per_position = len(self.batches.data), 0
         layers = [(i.layer, i.unfolding) for i in self.block.inner] + [(r.layer, r.unfolding) for r in self.block.outer]
         for layer, unfolding in layers:
             dims = tuple(self.graph.stored(layer.weight).dims)
             outputs = dims[layer.out_axis] * (layer.group if layer.node.op == "ConvTranspose" else 1)
             per_position += 4 * (unfolding.group * columns_of(layer, dims) + _COPIES * outputs)
         finer = max(math.prod(self._spatial(output)) / max(math.prod(whole), 1), 1.0)
-        room = min(ROWS, BYTES // per_position) / finer
+        room = min(ROWS, self.room // per_position) / finer
         size = whole
         if whole and self._divisible(len(whole)) and math.prod(whole) * samples > room:
             side = max(round((room / samples) ** (1 / len(whole))), SIDE)

@@ -8,12 +8,13 @@ silenced original being given what those nodes give in the cut model, with zeros
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import InputError, InternalError
@@ -21,9 +22,10 @@ from onnxprune.graph import Graph, Node
 from onnxprune.plan import Plan, approximate_nodes, removed_positions
 from onnxprune.precision import NARROW, types, without_rounding
 from onnxprune.probe import Feeds
-from onnxprune.runtime import Runtime, expose
+from onnxprune.runtime import Runtime, expose, in_slices
 from onnxprune.tensors import stored
 
+_PIECE = 1 << 20  # elements that are compared at once
 _TINY = 1e-2  # tensors smaller than this all over are compared absolutely (saturated gates)
 _RANKING = frozenset({"TopK", "NonMaxSuppression", "ArgMax", "ArgMin", "NonZero"})  # a tie may fall either way
 _TOLERANCE = {"float32": 1e-4, "float64": 1e-6, "float16": 2e-2}
@@ -66,22 +68,23 @@ def prove(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, feeds: list[Feed
     if plain[0] is not whole and plain[1] is not cut:
         (whole, cut) = plain
         how += "; values between QuantizeLinear and DequantizeLinear scaled, but not rounded"
-    runtime = replace(runtime, provider="cpu")
+    runtime = _suited([whole, cut], replace(runtime, provider="cpu"))
     repaired = {name for node in approximate for name in node.inputs if graph.is_stored(name)}
     compared_names = [name for name in shared if name not in replaced and name not in repaired]
-    models = [expose(whole, compared_names), expose(cut, shared)]
-    expected, actual, in_float32 = _sessions(models, runtime)
-    if in_float32:
+
+    def run(model: onnx.ModelProto, some: Sequence[str], feed: Feeds) -> list[Any]:
+        return list(runtime.session(expose(model, some), optimise=False).run(some, feed)) if some else []
+
+    if runtime.as_float32:
         how += "; in float32 copies of both models"
     skip = _after_a_ranking(graph)
     worst, where, compared = 0.0, "", 0
     for feed in feeds:
-        found = dict(zip(shared, actual.run(shared, feed), strict=True))
-        given = _widened(analysis, plan, {name: found[name] for name in replaced})
+        given = _widened(analysis, plan, dict(zip(replaced, run(cut, replaced, feed), strict=True)))
         if given is None:
             continue
-        for name, a in zip(compared_names, expected.run(compared_names, {**feed, **given}), strict=True):
-            b = found[name]
+        both = functools.partial(_side_by_side, run, (whole, {**feed, **given}), (cut, feed))
+        for name, (a, b) in in_slices(compared_names, both):
             if name in skip or not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
                 continue
             if name in graph.outputs and (a.shape != b.shape or a.dtype != b.dtype):
@@ -100,15 +103,25 @@ def prove(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, feeds: list[Feed
     return Proof(worst, where, compared, f"{len(feeds)} batches, every inner tensor that kept its shape{how}")
 
 
-def _sessions(
-    models: Sequence[onnx.ModelProto], runtime: Runtime
-) -> tuple[ort.InferenceSession, ort.InferenceSession, bool]:
-    """Sessions for both models, in float32 where their own type would hide small differences; whether it is so."""
+def _side_by_side(
+    run: Callable[[onnx.ModelProto, Sequence[str], Feeds], list[Any]],
+    first: tuple[onnx.ModelProto, Feeds],
+    second: tuple[onnx.ModelProto, Feeds],
+    names: Sequence[str],
+) -> list[tuple[Any, Any]]:
+    """What two models give for some tensors."""
+    return list(zip(run(first[0], names, first[1]), run(second[0], names, second[1]), strict=True))
+
+
+def _suited(models: Sequence[onnx.ModelProto], runtime: Runtime) -> Runtime:
+    """A runtime in float32 where the models' own type would hide small differences."""
     if not runtime.as_float32 and types(models[0]) & NARROW:
         with contextlib.suppress(InputError):  # operators that there are for float16 alone
-            return _sessions(models, replace(runtime, as_float32=True))
-    first, second = (runtime.session(model, optimise=False) for model in models)
-    return first, second, runtime.as_float32
+            wide = replace(runtime, as_float32=True)
+            for model in models:
+                wide.session(model, optimise=False)
+            return wide
+    return runtime
 
 
 def _given_outputs(model: onnx.ModelProto, nodes: Sequence[Node], analysis: Analysis) -> onnx.ModelProto:
@@ -167,13 +180,16 @@ def silence(analysis: Analysis, plan: Plan) -> onnx.ModelProto:
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
     """Largest absolute difference over the largest absolute value; infinite where only one of the two is finite."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    finite = np.isfinite(a)
-    if not np.array_equal(finite, np.isfinite(b)):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    return float(np.abs(a[finite] - b[finite]).max() / max(np.abs(a[finite]).max(), _TINY))
+    gap, largest = 0.0, _TINY
+    for start in range(0, a.size, _PIECE):  # wide copies of all would take several times the memory
+        one, two = (v.reshape(-1)[start : start + _PIECE].astype(np.float64) for v in (a, b))
+        finite = np.isfinite(one)
+        if not np.array_equal(finite, np.isfinite(two)):
+            return float("inf")
+        one, two = one[finite], two[finite]
+        gap = max(gap, float(np.abs(one - two).max(initial=0.0)))
+        largest = max(largest, float(np.abs(one).max(initial=0.0)))
+    return gap / largest
 
 
 def _after_a_ranking(graph: Graph) -> set[str]:

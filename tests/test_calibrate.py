@@ -10,9 +10,9 @@ import onnx
 import pytest
 from builder import RUNTIME, Builder, analysed, run
 
-from onnxprune import calibrate
 from onnxprune.analysis import Analysis
-from onnxprune.calibrate import Arrays, Batches, Sweep, batch_size, collect
+from onnxprune.batches import Batches, batch_size, sample_bytes
+from onnxprune.calibrate import Arrays, Sweep, collect
 from onnxprune.data import Calibration, load_calibration
 from onnxprune.joint import stored_tensors
 from onnxprune.pipeline import removed_weights, without
@@ -284,20 +284,23 @@ def test_collected_sums_do_not_depend_on_the_batches(batch: int) -> None:
 
 
 def test_positions_are_drawn_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "TARGET_ROWS", 240)
-    monkeypatch.setattr(calibrate, "ROWS_PER_COLUMN", 1)
+    monkeypatch.setattr("onnxprune.batches.TARGET_ROWS", 240)
+    monkeypatch.setattr("onnxprune.batches.ROWS_PER_COLUMN", 1)
     case = case_of("chain")
     found = collect(case.analysis, case.readers, case.batches, RUNTIME, Progress())
     assert [s[0].rows for s in found] == [240, 240, SAMPLES]  # ten positions a sample; the head has one
     reader = case.readers[0]
-    draws = [case.batches.positions(reader, k, 36).tolist() for k in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
+    monkeypatch.setattr("onnxprune.batches.LARGEST", 14)
+    parts = Batches(case.data, 7, 0)
+    assert [len(p) for p in parts.parts] == [7, 7, 7, 3]
+    draws = [parts.positions(reader, k, 36).tolist() for k in range(4)]
+    assert draws[0] == draws[1] != draws[2] == draws[3]  # the size of the batches does not matter to them
     assert draws[0] != Batches(case.data, 7, 1).positions(reader, 0, 36).tolist()
-    assert draws[0] != case.batches.positions(case.readers[1], 0, 36).tolist()
+    assert draws[0] != parts.positions(case.readers[1], 0, 36).tolist()
 
 
 def test_wide_readers_get_rows_for_their_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "TARGET_ROWS", 1)
+    monkeypatch.setattr("onnxprune.batches.TARGET_ROWS", 1)
     case = case_of("chain")
     reader = case.readers[0]
     assert len(case.batches.positions(reader, 0, 10_000)) == -(-16 * reader.width // SAMPLES)
@@ -316,14 +319,25 @@ def test_records_that_cannot_be_batched_come_one_by_one() -> None:
     assert Batches(data, 8, 0).parts == [[0], [1], [2]]
 
 
-def test_the_batch_size_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    analysis = case_of("chain").analysis
-    first = next(r for r in case_of("chain").readers).layer.data
-    shape = analysis.shapes.probes[0].shapes[first]
-    each = 4 * int(np.prod(shape[1:]))
-    for bytes_, expected in ((10 * each, 10), (each // 2, 1), (1 << 40, 64)):
-        monkeypatch.setattr(calibrate, "_CHUNK_BYTES", bytes_)
-        assert batch_size(analysis, [first]) == expected
+@pytest.mark.parametrize(("room", "expected"), [(10_000, 10), (500, 1), (1 << 40, 64)])
+def test_the_batch_size_follows_the_memory(room: int, expected: int) -> None:
+    assert batch_size(1000, room) == expected
+
+
+def test_the_bytes_of_a_sample_are_those_of_its_tensors() -> None:
+    case = case_of("chain")
+    first = case.readers[0].layer.data
+    shape = case.analysis.shapes.probes[0].shapes[first]
+    assert sample_bytes(case.analysis, [first, first]) == 2 * 4 * int(np.prod(shape[1:]))
+
+
+@pytest.mark.parametrize("size", [1, 5, 24, 64, 1000])
+def test_no_batch_goes_across_two_draws(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxprune.batches.LARGEST", 10)
+    found = Batches(case_of("chain").data, size, 0)
+    assert [record for part in found.parts for record in part] == list(range(SAMPLES))
+    for k, part in enumerate(found.parts):
+        assert {record // 10 for record in part} == {found.draw(k)} and len(part) <= size
 
 
 # ------------------------------------------------------------------------------------------------------------ sweep
@@ -355,8 +369,8 @@ def test_nothing_removed_gives_the_original_back(name: str) -> None:
 def test_the_sums_are_those_of_both_networks_run_as_a_whole(
     name: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "TARGET_ROWS", rows)
-    monkeypatch.setattr(calibrate, "ROWS_PER_COLUMN", 1)
+    monkeypatch.setattr("onnxprune.batches.TARGET_ROWS", rows)
+    monkeypatch.setattr("onnxprune.batches.ROWS_PER_COLUMN", 1)
     case = case_of(name)
     visits = []
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from onnxprune import taking
 from onnxprune.analysis import Analysis
+from onnxprune.batches import Batches
 from onnxprune.blocks import Block, BlockData, find_blocks
+from onnxprune.data import InputSpec, load_calibration
 from onnxprune.joint import Network, Part, Vector, _factor, _Linear, _look, adjoint, current, fit_block, stored_tensors
 from onnxprune.layers import Layer
 from onnxprune.readers import find_readers
@@ -245,10 +247,11 @@ def test_windows_give_what_the_whole_gives(make: Callable[[Builder], str], k: in
     case = Case(make, k, 8)
     _, tensor, outputs = case.net.run(case.data, case.weights)
     before = dict(case.data.held) | {case.block.tensor: tensor}
+    eight = load_calibration(np.zeros((8, 1), np.float32), [InputSpec("x", (None, 1), np.dtype("float32"))])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(taking, "SIDE", side)
         patch.setattr(taking, "ROWS", 1)
-        taken = Taking(case.block, case.analysis.graph, [range(4), range(4, 8)], 0)
+        taken = Taking(case.block, case.analysis.graph, Batches(eight, 4, 0), 1 << 30)
         patch.setattr(taken, "_plan", lambda whole, output: (Taking._plan(taken, whole, output)[0], 1))
         for reader, y in zip(case.block.outer, outputs, strict=True):
             behind = look_behind(case.analysis.graph, reader, set())

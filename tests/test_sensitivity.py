@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
 
-from onnxprune.calibrate import Batches
+from onnxprune.batches import Batches
 from onnxprune.data import load_calibration
+from onnxprune.memory import Room
 from onnxprune.progress import Progress
-from onnxprune.sensitivity import divergence, measure
+from onnxprune.sensitivity import Variants, divergence, measure
 
 HALF = np.log([[0.5, 0.5]])
 SKEW = np.log([[0.25, 0.75]])
@@ -82,7 +83,8 @@ def changed(model: onnx.ModelProto, arrays: Mapping[str, np.ndarray]) -> onnx.Mo
     return new
 
 
-def test_variants_are_measured_as_whole_models() -> None:
+@pytest.mark.parametrize(("size", "frontier"), [(10, 1 << 30), (3, 1 << 30), (4, 0)], ids=["whole", "parts", "files"])
+def test_variants_are_measured_as_whole_models(size: int, frontier: int) -> None:
     analysis = analysed(network())[0]
     graph, rng = analysis.graph, np.random.default_rng(0)
     weights = {n.label: n.inputs[1] for n in graph.nodes if n.op in ("Conv", "Gemm")}
@@ -99,8 +101,8 @@ def test_variants_are_measured_as_whole_models() -> None:
     data = load_calibration(x, graph.inputs)
     feeds = data.feeds(range(10))
     expected = dict(zip(graph.outputs, run(graph.model, feeds), strict=True))
-    batches = Batches(data, 10, 0)
-    found = measure(analysis, variants, batches, RUNTIME, Progress())
+    given = {group: Variants(sorted(options[0]), iter(options), len(options)) for group, options in variants.items()}
+    found = measure(analysis, given, Batches(data, size, 0), RUNTIME, Progress(), Room(1 << 30, frontier=frontier))
     assert found.keys() == places.keys()
     for group, options in variants.items():
         assert len(found[group]) == 3
@@ -117,5 +119,7 @@ def test_groups_without_variants_are_left_out() -> None:
     analysis = analysed(network())[0]
     weight = next(n.inputs[1] for n in analysis.graph.nodes if n.label == "b1")
     data = load_calibration(np.zeros((2, 3, 6, 6), np.float32), analysis.graph.inputs)
-    variants = {0: [], 1: [{weight: analysis.graph.array(weight)}]}
-    assert measure(analysis, variants, Batches(data, 2, 0), RUNTIME, Progress()).keys() == {1}
+    one = {weight: analysis.graph.array(weight)}
+    variants = {0: Variants([], [], 0), 1: Variants([weight], [one], 1), 2: Variants([], [{}], 1)}
+    found = measure(analysis, variants, Batches(data, 2, 0), RUNTIME, Progress(), Room(1 << 30))
+    assert found.keys() == {1, 2} and found[2] == [np.inf]  # nothing that is stored says what that would cost

@@ -1,0 +1,87 @@
+"""The calibration data in batches, and which output positions of each are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxprune.analysis import Analysis
+from onnxprune.data import Calibration
+from onnxprune.readers import Reader
+from onnxprune.unfold import out_positions, sample_positions
+
+TARGET_ROWS = 65536  # rows per reader: positions are drawn so that all samples together give about this many
+ROWS_PER_COLUMN = 16  # and at least so many per column of the unfolded input
+# more samples than these say little that is new (an image's neighbouring positions are much alike)
+_ENOUGH_SAMPLES, _ENOUGH_PER_COLUMN, _ENOUGH_POSITIONS = 4096, 64, 8
+LARGEST = 64  # records in a batch; so many in a row share a draw
+
+
+class Batches:
+    """The calibration records in batches, with a fixed draw of output positions for each.
+
+    What is drawn does not depend on the size of the batches: `LARGEST` records in a row share a draw, and no batch goes
+    across two draws.
+    """
+
+    def __init__(self, data: Calibration, size: int, seed: int) -> None:
+        step = min(size, LARGEST) if data.batchable else 1
+        self.data = data
+        draws = [range(i, min(i + LARGEST, len(data))) for i in range(0, len(data), LARGEST)]
+        self.parts = [list(draw[i : i + step]) for draw in draws for i in range(0, len(draw), step)]
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def feeds(self, batch: int) -> dict[str, np.ndarray]:
+        """The model's inputs for one batch."""
+        return self.data.feeds(self.parts[batch])
+
+    def draw(self, batch: int) -> int:
+        """The number of the draw that a batch belongs to."""
+        return self.parts[batch][0] // LARGEST
+
+    def positions(self, reader: Reader, batch: int, total: int) -> np.ndarray:
+        """Flat output positions of a reader to look at in this batch: the same ones for every network."""
+        rng = np.random.default_rng([self.seed, reader.index, self.draw(batch)])
+        return sample_positions(total, -(-_wanted(reader) // len(self.data)), rng)
+
+
+def sample_bytes(analysis: Analysis, names: Sequence[str]) -> int:
+    """Bytes that the named tensors take for one sample."""
+    first = analysis.shapes.probes[0]
+    samples = max((a.shape[0] for a in first.feeds.values() if a.ndim), default=1)
+    return sum(4 * int(np.prod(first.shapes[n])) for n in names if n in first.shapes) // max(samples, 1)
+
+
+def rows_bytes(analysis: Analysis, reader: Reader, samples: int) -> int:
+    """Bytes that the unfolded input of a reader takes for one sample, with what is worked out on the way."""
+    columns, groups = reader.width + reader.weights.shape[2], reader.weights.shape[0]
+    wanted = -(-_wanted(reader) // samples)
+    return int(2 * 4 * groups * columns * min(_positions(analysis, reader), wanted))
+
+
+def batch_size(sample: int, room: int) -> int:
+    """Samples per batch of so many bytes each that stay within the room."""
+    return int(np.clip(room // max(sample, 1), 1, LARGEST))
+
+
+def enough(analysis: Analysis, readers: Sequence[Reader]) -> int:
+    """Samples beyond which a fit gains little: every reader gets its rows from a few positions of each sample."""
+    needed = [
+        -(-min(_wanted(r), _ENOUGH_PER_COLUMN * r.width) // min(_positions(analysis, r), _ENOUGH_POSITIONS))
+        for r in readers
+    ]
+    return max(*needed, _ENOUGH_SAMPLES, 1)
+
+
+def _wanted(reader: Reader) -> int:
+    return max(TARGET_ROWS, ROWS_PER_COLUMN * reader.width)
+
+
+def _positions(analysis: Analysis, reader: Reader) -> int:
+    """Output positions of a sample, at the first probe."""
+    out = out_positions(reader.layer, analysis.shapes.probes[0].shapes[reader.layer.output])
+    return max(int(np.prod(out, dtype=np.int64)), 1)

@@ -1,0 +1,131 @@
+"""Memory: how much of it a run may take, and how that is shared out.
+
+What a part gets decides how large its batches are and what of it stands in files, never what is computed: the one
+exception is the fit of blocks, which looks at fewer positions where it gets less.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxprune.errors import InputError
+
+psutil: Any = None
+with contextlib.suppress(ImportError):  # there may be no wheel for it
+    psutil = importlib.import_module("psutil")
+
+MIB = 1 << 20
+# more than this is of no use to a part
+_BATCH, _FRONTIER, _ROWS, _BLOCK = 128 * MIB, 512 * MIB, 256 * MIB, 384 * MIB
+_LEAST = 64 * MIB  # to be left for the parts
+_CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that the parts of a run may hold.
+
+    Attributes:
+        limit: of the resident memory of the process.
+        batch: activations of a batch, and what is made of them.
+        frontier: a frontier; a larger one stands in files.
+        rows: rows kept for the fit of one layer; more of them stand in files.
+        block: what the fit of a block looks at, unfolded.
+    """
+
+    limit: int
+    batch: int = _BATCH
+    frontier: int = _FRONTIER
+    rows: int = _ROWS
+    block: int = _BLOCK
+
+    @staticmethod
+    def of(limit: int | None, sums: int) -> Room:
+        """Share out what is left of a limit.
+
+        Args:
+            limit: bytes for the whole process; None is what it takes now and half of what is free.
+            sums: bytes that the sums over the samples take.
+
+        Raises:
+            InputError: hardly anything is left.
+        """
+        give_back()
+        taken = resident() + sums
+        if limit is None:
+            limit = max(resident() + free() // 2, taken + _LEAST)
+        left = limit - taken
+        if left < _LEAST:
+            raise InputError(
+                f"memory: expected at least {text(taken + _LEAST)} ({text(taken - sums)} are taken by the model and the"
+                f" libraries, {text(sums)} by the sums over the samples), found {text(limit)}; try --memory"
+                f" {text(taken + 2 * _LEAST)}"
+            )
+        return Room(limit, *(min(most, left // part) for most, part in zip(_MOST, _PARTS, strict=True)))
+
+    def is_short(self, part: str) -> bool:
+        """Whether a part gets less than it has a use for."""
+        return bool(getattr(self, part) < getattr(Room(self.limit), part))
+
+    def check(self, name: str, size: int) -> None:
+        """Refuse a tensor that is too large by itself.
+
+        Raises:
+            InputError: with ``name`` and the memory that it would take.
+        """
+        more = self.limit + _PARTS[0] * (size - self.batch)
+        if size > self.batch and self.is_short("batch"):
+            raise InputError(
+                f"memory: one sample of {name!r} takes {text(size)} with what is made of it, and of"
+                f" {text(self.limit)} there are {text(self.batch)} left for that; try --memory {text(more)}, or smaller"
+                " inputs"
+            )
+
+
+_MOST = (_BATCH, _FRONTIER, _ROWS, _BLOCK)
+_PARTS = (4, 4, 5, 4)
+
+
+def give_back() -> None:
+    """Have the C library hand what it holds free back to the system (glibc keeps it, else)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident() -> int:
+    """Bytes of memory that the process takes now."""
+    if psutil is not None:
+        return int(psutil.Process().memory_info().rss)
+    import resource  # not on Windows, for which there are wheels
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that nobody needs, in this container if it is one."""
+    if psutil is not None:
+        found = int(psutil.virtual_memory().available)
+    else:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    for limit, used in _CGROUPS:
+        try:
+            left = int((cgroups / limit).read_text()) - int((cgroups / used).read_text())
+        except (OSError, ValueError):  # there is none, or it says "max"
+            continue
+        found = min(found, max(left, 0))
+    return found
+
+
+def text(size: int) -> str:
+    """A number of bytes as `--memory` takes it.
+
+    >>> text(3 << 19), text(3 << 30)
+    ('2MiB', '3072MiB')
+    """
+    return f"{-(-size // MIB)}MiB"
