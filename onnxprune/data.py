@@ -23,6 +23,7 @@ import contextlib
 import difflib
 import hashlib
 import importlib
+import mmap
 import re
 import sys
 import zipfile
@@ -309,9 +310,13 @@ class _Column:
     def raw(self, record: int) -> Array:
         if self.constant:
             return self.values
-        if not self.batch:
-            return np.asarray(self.values[record])
-        return self.values[record * self.batch : (record + 1) * self.batch]
+        part = self.values[slice(record * self.batch, (record + 1) * self.batch) if self.batch else record]
+        mapped: Any = getattr(self.values, "_mmap", None)
+        if not hasattr(mapped, "madvise"):
+            return np.asarray(part)
+        found = np.array(part)  # what is mapped would count as the process' own memory from now on
+        mapped.madvise(mmap.MADV_DONTNEED)
+        return found
 
     def read(self, record: int) -> Array:
         first = record * (self.batch or 1)
