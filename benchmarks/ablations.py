@@ -29,7 +29,8 @@ import onnxruntime as ort
 from accuracy import Case, accuracy, cifar, digits
 
 import onnxprune
-from onnxprune.calibrate import Batches, Sweep, batch_size, collect
+from onnxprune.batches import LARGEST, Batches
+from onnxprune.calibrate import Sweep, collect
 from onnxprune.data import Preprocessing
 from onnxprune.prepare import prepare
 from onnxprune.progress import Progress
@@ -62,8 +63,7 @@ def layers(case: Case, threads: int) -> Iterator[Table]:
     readers = [next(r for r in chooser.readers if g.group.index in r.columns) for g in chosen]
 
     def summed(data: Any) -> list[Any]:
-        size = batch_size(analysis, [r.layer.data for r in readers])
-        return collect(analysis, readers, Batches(data, size, 0), prepared.runtime, Progress())
+        return collect(analysis, readers, Batches(data, LARGEST, 0), prepared.runtime, Progress())
 
     fitted, judged = summed(chooser.first), summed(prepared.held_out)
     rng = np.random.default_rng(0)
