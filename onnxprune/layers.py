@@ -71,9 +71,6 @@ def _added_bias(node: Node, graph: Graph) -> str:
     return other[0] if fits else ""
 
 
-_BESIDE_STATISTICS = {"Gather": (0,), "Mul": (0, 1)}  # embedding tables, and the scales of normalisations
-
-
 def silencing(graph: Graph, statistics: bool = False) -> frozenset[str]:
     """Tensors in which zeros silence a channel; they may reach their operator through others that only move them.
 
@@ -81,8 +78,8 @@ def silencing(graph: Graph, statistics: bool = False) -> frozenset[str]:
     """
     found: set[str] = set()
     for node in graph.nodes:
-        if statistics and not node.domain:
-            found.update(node.inputs[k] for k in _BESIDE_STATISTICS.get(node.op, ()))
+        if statistics and node.op == "Mul":  # the scale of a normalisation that is written out
+            found.update(node.inputs)
         row = row_for(node.domain, node.op, graph.opsets.get(node.domain, 1))
         if row is not None:
             found.update(node.inputs[k] for k in row.weights if k < len(node.inputs))

@@ -255,6 +255,20 @@ def response_normalisation() -> onnx.ModelProto:
 
 
 @graph
+def embedding_and_root_mean_square() -> onnx.ModelProto:
+    """A stream of a width that only its own layers see: the table's columns are silenced, and the mean counts on."""
+    g = Builder()
+    x = g.Gather(g.weight(11, 16, name="table"), g.input("tokens", [2, 5], TensorProto.INT64))
+
+    def unit(x: str) -> str:
+        mean = g.ReduceMean(g.Pow(x, g.const(2.0)), axes=[-1], keepdims=1)
+        return g.Mul(g.Div(x, g.Sqrt(g.Add(mean, g.const(1e-5)))), g.weight(16))
+
+    x = g.Add(x, g.linear(g.Relu(g.linear(unit(x), 12)), 16))
+    return g.model(g.linear(unit(x), 3))
+
+
+@graph
 def block_assignment() -> onnx.ModelProto:
     g = Builder()
     x = g.Relu(g.conv(image(g), 6))

@@ -375,7 +375,7 @@ def register(table: Table) -> None:
     add(table, "Concat", Row(_concat, zero=ALL))
     add(table, "Split", Row(_split, repair=_mend_split, zero=FIRST))
     add(table, "Slice", Row(_slice, repair=_mend_slice, zero=FIRST))
-    add(table, "Gather", Row(_gather, repair=_mend_gather, zero=FIRST))
+    add(table, "Gather", Row(_gather, repair=_mend_gather, weights=(0,), zero=FIRST))
     add(table, "Pad", Row(_pad, repair=_mend_pad, zero=_pad_of_zero))
     add(table, "Shape Size", Row(_shape))
     add(table, "Constant", Row(_constant))

@@ -14,7 +14,7 @@ UNARY = """
 Acos Acosh BitwiseNot Cos Cosh Exp HardSigmoid IsInf IsNaN Log Not Reciprocal Sigmoid Softplus ThresholdedRelu
 """
 NARY = """
-And BitShift BitwiseAnd BitwiseOr BitwiseXor Equal Greater GreaterOrEqual Less LessOrEqual Mod Or Pow Xor
+And BitShift BitwiseAnd BitwiseOr BitwiseXor Equal Greater GreaterOrEqual Less LessOrEqual Mod Or Xor
 """
 
 
@@ -49,6 +49,11 @@ def _clip_of_zero(op: OpView) -> Clauses:
     return FIRST if known and (low or 0.0) <= 0.0 <= (high if high is not None else 0.0) else ()
 
 
+def _power_of_zero(op: OpView) -> Clauses:
+    exponent = op.value(1)
+    return FIRST if exponent is not None and (exponent > 0).all() else ()
+
+
 def register(table: Table) -> None:
     """Add the rows of this file."""
     add(table, UNARY_OF_ZERO, Row(_unary, zero=FIRST))
@@ -62,6 +67,7 @@ def register(table: Table) -> None:
     add(table, "Div", Row(_nary, zero=FIRST))
     add(table, "Where", Row(_nary, zero=((1, 2),)))
     add(table, NARY, Row(_nary))
+    add(table, "Pow", Row(_nary, zero=_power_of_zero))
     add(table, "PRelu", Row(_prelu, zero=FIRST))
     # what onnxruntime's optimizer writes
     add(table, "Gelu QuickGelu", Row(_unary, zero=FIRST), domain="com.microsoft")
