@@ -64,6 +64,7 @@ def prune(
     samples: int | None = None,
     batch_size: int | None = None,
     memory: int | None = None,
+    dask: str | None = None,
     seed: int = 0,
     threads: int = 0,
     provider: str = "cpu",
@@ -98,6 +99,7 @@ def prune(
         samples: how many of them to use.
         batch_size: samples per run, 64 at most; chosen by memory if not given.
         memory: bytes of resident memory that the process may take (None: what it takes, and half of what is free).
+        dask: address of a Dask scheduler whose workers collect the statistics, or local:N.
         seed: of every random draw.
         threads: of the runtime; 0 is its own choice.
         provider: cpu, cuda, tensorrt, openvino, coreml or dml.
@@ -137,6 +139,7 @@ def prune(
         samples=samples,
         batch_size=batch_size,
         memory=memory,
+        dask=dask,
         seed=seed,
         threads=threads,
         provider=provider,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,13 +32,23 @@ class Batches:
         draws = [range(i, min(i + LARGEST, len(data))) for i in range(0, len(data), LARGEST)]
         self.parts = [list(draw[i : i + step]) for draw in draws for i in range(0, len(draw), step)]
         self.seed = seed
+        self.count = len(data)
+        self._fed: list[dict[str, np.ndarray]] | None = None
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def feeds(self, batch: int) -> dict[str, np.ndarray]:
         """The model's inputs for one batch."""
-        return self.data.feeds(self.parts[batch])
+        return self.data.feeds(self.parts[batch]) if self._fed is None else self._fed[batch]
+
+    def loaded(self, which: Sequence[int]) -> Batches:
+        """Some of the batches with what is fed, so that they need no data any more."""
+        found = copy.copy(self)
+        found._fed = [self.feeds(batch) for batch in which]
+        found.parts = [self.parts[batch] for batch in which]
+        del found.data
+        return found
 
     def draw(self, batch: int) -> int:
         """The number of the draw that a batch belongs to."""
@@ -46,7 +57,7 @@ class Batches:
     def positions(self, reader: Reader, batch: int, total: int) -> np.ndarray:
         """Flat output positions of a reader to look at in this batch: the same ones for every network."""
         rng = np.random.default_rng([self.seed, reader.index, self.draw(batch)])
-        return sample_positions(total, -(-_wanted(reader) // len(self.data)), rng)
+        return sample_positions(total, -(-_wanted(reader) // self.count), rng)
 
 
 def sample_bytes(analysis: Analysis, names: Sequence[str]) -> int:

@@ -27,6 +27,7 @@ from onnxprune.options import (
     with_approximate,
     with_budget,
     with_choosing,
+    with_dask,
     with_data,
     with_layers,
     with_memory,
@@ -132,6 +133,7 @@ def cli() -> None:
 )
 @with_approximate
 @with_memory
+@with_dask
 @click.option("--no-reconstruct", is_flag=True, help="Keep the weights as they are; only take channels out.")
 @with_layers
 @click.option("--resume", is_flag=True, help="Go on from where the same run was stopped.")
@@ -216,6 +218,7 @@ def prune(
 @with_data
 @with_sampling
 @with_memory
+@with_dask
 @with_threads
 @with_provider
 @with_choosing

@@ -131,6 +131,11 @@ with_memory = click.option(
     metavar="BYTES",
     help="Stay within so much memory, such as 512MiB (default: half of what is free).",
 )
+with_dask = click.option(
+    "--dask",
+    metavar="ADDRESS",
+    help="Collect on a Dask cluster: tcp://scheduler:8786, or local:N for N processes here.",
+)
 with_threads = click.option(
     "--threads", type=click.IntRange(min=0), default=0, metavar="N", help="Threads of onnxruntime (0: one per core)."
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.batches import LARGEST, Batches, batch_size, enough, rows_bytes, sample_bytes
 from onnxprune.blocks import BlockData, find_blocks
 from onnxprune.calibrate import Arrays, Sweep, collect
+from onnxprune.cluster import collect_on
 from onnxprune.costs import Several
 from onnxprune.data import Calibration
 from onnxprune.joint import Network, Part, current, fit_block, stored_tensors
@@ -55,6 +57,7 @@ class Chooser:
     seed: int
     batch: int | None = None
     memory: int | None = None
+    dask: str | None = None
     readers: tuple[Reader, ...] = ()
     statistics: dict[int, list[Statistics]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
@@ -85,7 +88,8 @@ class Chooser:
         chosen = [r for r in self.readers if r.columns]
         batches = self._batches(self.first, chosen, sorted({r.layer.data for r in chosen}))
         with self.progress.stage("calibrate", len(self.first)):
-            found = collect(self.analysis, chosen, batches, self.runtime, self.progress) if chosen else []
+            run = functools.partial(collect_on, self.dask) if self.dask else collect
+            found = run(self.analysis, chosen, batches, self.runtime, self.progress) if chosen else []
         self.statistics = {r.index: s for r, s in zip(chosen, found, strict=True)}
 
     def rank(self) -> None:

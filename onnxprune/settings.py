@@ -33,6 +33,7 @@ class Settings:
     samples: int | None = None
     batch_size: int | None = None
     memory: int | None = None
+    dask: str | None = None
     seed: int = 0
     threads: int = 0
     provider: str = "cpu"
