@@ -16,7 +16,7 @@ from onnxprune.graph import Graph, Node
 from onnxprune.groups import AxisId
 from onnxprune.normalise import add_constant, drop_unused, used_names
 from onnxprune.plan import Plan, removed_positions
-from onnxprune.precision import cast
+from onnxprune.precision import NARROW, cast
 from onnxprune.probe import COUNTING, Shapes
 from onnxprune.rules.base import Kept, row_for
 from onnxprune.sizes import SizeGraph
@@ -199,14 +199,27 @@ class _Patcher:
             self.model.graph.node.insert(index, node)
 
     def scale(self, node: Node, factor: float) -> None:
-        """Multiply a node's output; the product takes over its name."""
+        """Multiply a node's output; the product takes over its name.
+
+        In float32 where the output's own type would round the factor more coarsely than the proof allows.
+        """
         output = node.outputs[0]
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.shapes.probes[0].types[output])
+        kind = self.shapes.probes[0].types[output]
         before = self._fresh(f"{output}_uncounted")
         self.model.graph.node[node.index].output[0] = before
+        narrow = kind in NARROW
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.FLOAT if narrow else kind)
         number = self._constant(f"{output}_factor", np.array(factor, dtype))
-        product = onnx.helper.make_node("Mul", [before, number], [output], name=f"{before}_factor")
-        self.inserted.append((node.index + 1, product))
+        if not narrow:
+            self._insert_as(node.index + 1, "Mul", [before, number], output, f"{before}_factor")
+            return
+        wide, product = self._fresh(f"{before}_wide"), self._fresh(f"{output}_wide")
+        self._insert_as(node.index + 1, "Cast", [before], wide, wide, to=onnx.TensorProto.FLOAT)
+        self._insert_as(node.index + 1, "Mul", [wide, number], product, f"{before}_factor")
+        self._insert_as(node.index + 1, "Cast", [product], output, product, to=kind)
+
+    def _insert_as(self, place: int, op: str, inputs: list[str], output: str, name: str, **attributes: int) -> None:
+        self.inserted.append((place, onnx.helper.make_node(op, inputs, [output], name=name, **attributes)))
 
     def sample(self, node: Node, channels: np.ndarray) -> None:
         """Let a convolution read some of the channels of its input."""

@@ -382,6 +382,17 @@ def half_precision() -> onnx.ModelProto:
 
 
 @graph
+def mean_in_half_precision() -> onnx.ModelProto:
+    """What the mean has to be multiplied by is no number of that type."""
+    g = Builder()
+    x = g.Cast(image(g), to=TensorProto.FLOAT16)
+    w = [g.const(g.rng.standard_normal(s) * 0.3, dtype=np.float16) for s in ((11, 3, 3, 3), (11,), (4, 11, 1, 1))]
+    x = g.Relu(g.Conv(x, *w[:2]))
+    share = g.Mul(x, g.ReduceMean(x, axes=[1], keepdims=1))
+    return g.model(g.Cast(g.Conv(share, w[2]), to=TensorProto.FLOAT))
+
+
+@graph
 def declared_shapes() -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(residual())
 
