@@ -210,16 +210,17 @@ class _Patcher:
         narrow = kind in NARROW
         dtype = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.FLOAT if narrow else kind)
         number = self._constant(f"{output}_factor", np.array(factor, dtype))
-        if not narrow:
-            self._insert_as(node.index + 1, "Mul", [before, number], output, f"{before}_factor")
-            return
-        wide, product = self._fresh(f"{before}_wide"), self._fresh(f"{output}_wide")
-        self._insert_as(node.index + 1, "Cast", [before], wide, wide, to=onnx.TensorProto.FLOAT)
-        self._insert_as(node.index + 1, "Mul", [wide, number], product, f"{before}_factor")
-        self._insert_as(node.index + 1, "Cast", [product], output, product, to=kind)
-
-    def _insert_as(self, place: int, op: str, inputs: list[str], output: str, name: str, **attributes: int) -> None:
-        self.inserted.append((place, onnx.helper.make_node(op, inputs, [output], name=name, **attributes)))
+        made = onnx.helper.make_node
+        if narrow:
+            wide, product = self._fresh(f"{before}_wide"), self._fresh(f"{output}_wide")
+            nodes = [
+                made("Cast", [before], [wide], name=wide, to=onnx.TensorProto.FLOAT),
+                made("Mul", [wide, number], [product], name=product),
+                made("Cast", [product], [output], name=f"{before}_factor", to=kind),
+            ]
+        else:
+            nodes = [made("Mul", [before, number], [output], name=f"{before}_factor")]
+        self.inserted += [(node.index + 1, each) for each in nodes]
 
     def sample(self, node: Node, channels: np.ndarray) -> None:
         """Let a convolution read some of the channels of its input."""
