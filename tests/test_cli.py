@@ -458,7 +458,9 @@ def test_providers_are_those_of_the_runtime():
     assert tuple(runtime.PROVIDERS) == PROVIDERS
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["inspect", "-h"], ["compare", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["prune", "--help"], ["inspect", "-h"], ["compare", "-h"], ["collect", "-h"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     code = (
         "import sys\nfrom onnxprune.cli import main\n"

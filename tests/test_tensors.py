@@ -14,7 +14,7 @@ from builder import Builder, run
 from onnx import TensorProto, numpy_helper
 
 from onnxprune import tensors
-from onnxprune.api import analyze, prune
+from onnxprune.api import analyze, prune, prune_family
 from onnxprune.cli import main
 from onnxprune.errors import InputError
 from onnxprune.graph import read_model
@@ -115,6 +115,29 @@ def test_the_written_model_keeps_the_layout(tmp_path: Path, elsewhere: bool) -> 
     with pytest.raises(InputError, match="exists already"):
         result.save(target)
     result.save(target, force=True)
+
+
+def test_members_of_a_family_keep_tensors_of_their_own(tmp_path: Path) -> None:
+    path, place = saved(tmp_path / "in"), tmp_path / "temporary"
+    (tmp_path / "out").mkdir()
+    np.save(tmp_path / "x.npy", X)
+    line = ["--data", str(tmp_path / "x.npy"), "--speedup", "1.5,2", "--threads", "1", "-o", str(tmp_path / "out")]
+    assert main([str(path), *line]) == 0
+    written = [tmp_path / "out" / f"m.pruned-{speedup}x.onnx" for speedup in ("1.5", "2")]
+    names = {"weights.bin", f"{written[1].name}.data"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in written} | names
+    gc.collect()
+    assert not list(place.iterdir())
+    family = prune_family(path, [1.5, 2], data=X, threads=1)
+    assert all(same(onnx.load(p), member.model) for p, member in zip(written, family, strict=True))
+    assert list(place.iterdir())
+    kept = family[1]
+    del family
+    gc.collect()
+    assert same(onnx.load(written[1]), kept.model)  # its files are still there
+    del kept
+    gc.collect()
+    assert not list(place.iterdir())
 
 
 def test_temporary_files_go(tmp_path: Path) -> None:
