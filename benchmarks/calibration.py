@@ -73,6 +73,16 @@ done(seconds=seconds, cpu=cpu, plain=(before[0] + after[0]) / 2, plain_cpu=(befo
      stages=progress.timings, kept=[g.kept for g in result.report.groups], warnings=list(result.report.warnings))
 """
 )
+_STARTUP = (
+    _PRELUDE
+    + """
+import subprocess
+start = time.perf_counter()
+subprocess.run([sys.executable, "-m", "onnxprune.cli", *spec["arguments"]], check=True, capture_output=True)
+seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+done(seconds=seconds, cpu=used.ru_utime + used.ru_stime)
+"""
+)
 _DATAFREE = {
     "onnxprune, with its proof": _PRELUDE
     + """
@@ -82,9 +92,9 @@ from onnxprune.progress import Progress
 model = onnx.load(spec["model"])
 progress = Progress()
 prune(model, select="l1", reconstruct=False, threads=spec["threads"])
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 prune(model, select="l1", reconstruct=False, threads=spec["threads"], progress=progress)
-done(seconds=time.perf_counter() - start, stages=progress.timings)
+done(seconds=time.perf_counter() - start, cpu=time.process_time() - cpu, stages=progress.timings)
 """,
     "onnxsim": _PRELUDE
     + """
@@ -93,9 +103,9 @@ from importlib.metadata import version
 model = onnx.load(spec["model"])
 run = onnxsim.apply_structured_pruning
 run(model, 0.5)
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 run(model, 0.5)
-done(seconds=time.perf_counter() - start, version=version("onnxsim"))
+done(seconds=time.perf_counter() - start, cpu=time.process_time() - cpu, version=version("onnxsim"))
 """,
     "Torch-Pruning": _PRELUDE
     + """
@@ -119,12 +129,13 @@ def resnet56():
     return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10))
 def run():
     model = resnet56().eval()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     tp.pruner.MagnitudePruner(model, torch.zeros(1, 3, 32, 32), importance=tp.importance.MagnitudeImportance(p=1),
                               pruning_ratio=0.5, ignored_layers=[model[-1]]).step()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 run()
-done(seconds=run(), version=version("torch-pruning"))
+seconds, cpu = run()
+done(seconds=seconds, cpu=cpu, version=version("torch-pruning"))
 """,
 }
 
@@ -278,7 +289,8 @@ def datafree(bench: Bench) -> Rows:
     for name, code in _DATAFREE.items():
         found = bench.median(lambda code=code: bench.process(code, model=str(model)))
         row = {"pruner": f"{name} {found.get('version', '')}".strip(), "network": model.stem}
-        row["ms"] = round(1000 * found["seconds"]) if "seconds" in found else None
+        for column, key in (("ms", "seconds"), ("processor, ms", "cpu")):
+            row[column] = round(1000 * found[key]) if key in found else None
         if "stages" in found:
             row["stages"] = ", ".join(f"{stage} {1000 * t:.0f} ms" for stage, t in found["stages"].items())
         rows.append(row | _error(found))
@@ -288,13 +300,10 @@ def datafree(bench: Bench) -> Rows:
 def startup(bench: Bench) -> Rows:
     rows = []
     model = bench.network("resnet56")
-    code = "import subprocess, sys, json, time; start = time.perf_counter(); subprocess.run([sys.executable, '-m',"
-    code += " 'onnxprune.cli', *json.loads(sys.argv[1])['arguments']], check=True, capture_output=True);"
-    code += " print(json.dumps({'seconds': time.perf_counter() - start}))"
     for arguments in (["--help"], ["inspect", str(model)]):
-        found = bench.median(lambda arguments=arguments: bench.process(code, arguments=arguments))
+        found = bench.median(lambda arguments=arguments: bench.process(_STARTUP, arguments=arguments))
         shown = " ".join(["onnxprune", *(Path(a).name for a in arguments)])
-        rows.append({"command": shown, "s": found.get("seconds")} | _error(found))
+        rows.append({"command": shown, "s": found.get("seconds"), "processor, s": found.get("cpu")} | _error(found))
     return rows
 
 

@@ -57,9 +57,8 @@ class Room:
             InputError: hardly anything is left.
         """
         give_back()
-        taken = resident() + sums
-        if limit is None:
-            limit = max(resident() + free() // 2, taken + _LEAST)
+        taken, asked = resident() + sums, limit is not None
+        limit = limit if limit is not None else max(resident() + free() // 2, taken + _LEAST)
         left = limit - taken
         if left < _LEAST:
             raise InputError(
@@ -67,7 +66,9 @@ class Room:
                 f" libraries, {text(sums)} by the sums over the samples), found {text(limit)}; try --memory"
                 f" {text(taken + 2 * _LEAST)}"
             )
-        return Room(limit, *(min(most, left // part) for most, part in zip(_MOST, _PARTS, strict=True)))
+        batch, frontier, rows, block = (min(most, left // part) for most, part in zip(_MOST, _PARTS, strict=True))
+        # unless asked for, what comes out does not depend on the machine
+        return Room(limit, batch, frontier, rows, block if asked else _BLOCK)
 
     def is_short(self, part: str) -> bool:
         """Whether a part gets less than it has a use for."""
@@ -89,7 +90,7 @@ class Room:
 
 
 _MOST = (_BATCH, _FRONTIER, _ROWS, _BLOCK)
-_PARTS = (4, 4, 5, 4)
+_PARTS = (5, 6, 6, 8)  # the fit of a block works with several copies
 
 
 def give_back() -> None:

@@ -34,7 +34,7 @@ def test_what_is_left_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     room = Room.of(300 * MIB, 40 * MIB)
     left = 160 * MIB
     parts = (room.batch, room.frontier, room.rows, room.block)
-    assert sum(parts) <= left and min(parts) >= left // 5
+    assert sum(parts) + 2 * room.block <= left and min(parts) >= left // 8
     assert room.is_short("frontier") and room.is_short("block")
     assert not any(Room.of(1 << 40, 40 * MIB).is_short(p) for p in ("batch", "frontier", "rows", "block"))
 
@@ -43,6 +43,7 @@ def test_the_default_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(memory, "resident", lambda: 100 * MIB)
     monkeypatch.setattr(memory, "free", lambda: 600 * MIB)
     assert Room.of(None, 0).limit == 400 * MIB
+    assert Room.of(None, 0).block == Room(1 << 40).block > Room.of(400 * MIB, 0).block  # unless asked for
     monkeypatch.setattr(memory, "free", lambda: 0)  # what the user did not ask for is no reason to refuse
     assert Room.of(None, 50 * MIB).limit > 150 * MIB
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import lars_path_gram
 
 from onnxprune.select.problem import Problem, Ranking
 
@@ -28,6 +26,9 @@ def lasso(problems: list[Problem]) -> Ranking:
         for every width the units whose coefficients are largest at the point of the path where enough are non-zero;
         errors are not computed.
     """
+    from sklearn.exceptions import ConvergenceWarning  # takes as long to import as all the rest
+    from sklearn.linear_model import lars_path_gram
+
     units = len(problems[0].columns)
     gram, target = np.zeros((units, units)), np.zeros(units)
     for problem in problems:
