@@ -96,7 +96,7 @@ def prune(
         shapes: deployed sizes: whole shapes of inputs, by name; those of a sample where none is given.
         batch: deployed size of the open first axis of the inputs.
         data: calibration data (see `onnxprune.data`); nothing means a neighbour of the file, or random data.
-        samples: how many of them to use.
+        samples: how many of them to use at most; 5,000 if not given, as many as He et al. 2017 took.
         batch_size: samples per run, 64 at most; chosen by memory if not given.
         memory: bytes of resident memory that the process may take (None: what it takes, and half of what is free).
         dask: address of a Dask scheduler whose workers collect the statistics, or local:N.

@@ -15,6 +15,7 @@ from onnxprune.batches import LARGEST, Batches, batch_size, enough, rows_bytes, 
 from onnxprune.blocks import BlockData, find_blocks
 from onnxprune.calibrate import Arrays, Sweep, collect
 from onnxprune.cluster import collect_on
+from onnxprune.compact import compact
 from onnxprune.costs import Several
 from onnxprune.data import Calibration
 from onnxprune.joint import Network, Part, current, fit_block, stored_tensors
@@ -335,7 +336,13 @@ class Chooser:
             for layer, unfolding in readers
         ]
         saturations = [Saturation(b.scale.astype(np.float32), *b.limits) if b.limits else None for b in behind]
-        found = fit_block(net, parts, data.take(~judging), data.take(judging), saturations)
+        small = compact(net, parts, data)
+        if small is None:
+            found = fit_block(net, parts, data.take(~judging), data.take(judging), saturations)
+        else:
+            cut = small.data
+            found = fit_block(small.net, small.parts, cut.take(~judging), cut.take(judging), saturations)
+            found = None if found is None else small.whole(parts, found)
         if found is None:
             return {}
         tensors: Arrays = {}

@@ -42,7 +42,7 @@ from onnxprune.settings import Settings
 from onnxprune.targets import counted_costs, widths
 from onnxprune.tensors import digest, size_of
 
-DEFAULT_SAMPLES = 2000
+DEFAULT_SAMPLES = 5000
 _SAMPLING = {"macs", "params"}  # costs to which a sampler adds nothing
 _HELD_OUT_SHARE = 0.1
 _FEWEST_TO_SPLIT = 10
