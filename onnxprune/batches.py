@@ -12,7 +12,7 @@ from onnxprune.data import Calibration
 from onnxprune.readers import Reader
 from onnxprune.unfold import out_positions, sample_positions
 
-TARGET_ROWS = 32768  # rows per reader: positions are drawn so that all samples together give about this many
+TARGET_ROWS = 65536  # rows per reader: positions are drawn so that all samples together give about this many
 ROWS_PER_COLUMN = 16  # and at least so many per column of the unfolded input
 # more samples than these say little that is new (an image's neighbouring positions are much alike)
 _ENOUGH_SAMPLES, _ENOUGH_PER_COLUMN, _ENOUGH_POSITIONS = 4096, 64, 8

@@ -119,7 +119,9 @@ with_data = click.option(
     " Default: MODEL.calib.npz or test_data_set_* beside the model.",
 )
 with_sampling = _options(
-    click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Use at most N samples of the data (default 5000)."),
+    click.option(
+        "--samples", type=click.IntRange(min=1), metavar="N", help="Use at most N samples of the data (default 5000)."
+    ),
     click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples fed to the model at once."),
     click.option(
         "--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of every random choice (default 0)."
