@@ -1,12 +1,14 @@
 """The promise about time, kept or not: one command, one table.
 
-    python benchmarks/latency.py [--part promise,curves,second] [--nets resnet56,vgg] [--shared ../shared]
+    python benchmarks/latency.py [--part promise,curves,second,browser] [--nets resnet56,vgg] [--shared ../shared]
 
 promise: every network at 1.5x and 2x, with one thread and two, batch 1 and 8: what was asked for, and the ratio of the
 finished file to the original, measured in turns, with its 95 % interval. The widths are chosen by measured damage on a
 few samples and the weights are only cut (--no-reconstruct), which does not change the time.
 curves: accuracy over measured time where the budget is spent on MACs and where it is spent on time.
 second: the finished models on a second runtime, OpenVINO, where it is installed: its outputs against onnxruntime's.
+browser: the finished models and their originals in headless Chromium, by onnxruntime-web's WebAssembly on one thread,
+where `--web` names the node_modules of a folder in which `npm install onnxruntime-web` ran and a browser is installed.
 
 Writes benchmarks/latency.md and benchmarks/latency.json; rows of other runs stay in them. The clock of one thread is
 its own processor time, so that a busy machine does not decide the outcome; two threads need a quiet one.
@@ -28,7 +30,8 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from accuracy import Case, accuracy, cifar, squeezenet
+from accuracy import Case, accuracy, cifar, digits, squeezenet
+from latency_browser import in_browser, missing
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.cli import main as command
@@ -118,11 +121,11 @@ def mobilenet() -> onnx.ModelProto:
 
 def networks(shared: Path, folder: Path) -> list[Case]:
     """All networks; those of the shared folder where it is."""
-    found = []
+    found = [digits("digits_resnet")]
     if (shared / "models/resnet56.onnx").is_file():
         images = folder / "images"
         images.mkdir()
-        found = [cifar("resnet20", shared), cifar("resnet56", shared), squeezenet(shared, images)]
+        found += [cifar("resnet20", shared), cifar("resnet56", shared), squeezenet(shared, images)]
     for make in (vgg, mobilenet):
         model, size = make(), 64 if make is vgg else 96
         onnx.save(model, folder / f"{make.__name__}.onnx")
@@ -216,11 +219,22 @@ def second(path: Path) -> dict[str, Any]:
     return {"network": path.stem, "largest relative difference": gap, "openvino": openvino.__version__, **found}
 
 
+def browser(original: Path, pruned: Path, modules: Path) -> dict[str, Any]:
+    """A finished model and its original in a browser: times, and how far the outputs are from onnxruntime's."""
+    name, x = sample(read_model(pruned))
+    before, after = in_browser([original, pruned], name, x, modules)
+    gap = "largest relative difference"
+    row = {"network": pruned.stem, gap: max(before.pop(gap), after.pop(gap))}
+    milliseconds = [before.pop("ms"), after.pop("ms")]
+    row |= {"original ms": milliseconds[0], "pruned ms": milliseconds[1], "ratio": milliseconds[0] / milliseconds[1]}
+    return row | after
+
+
 # ----------------------------------------------------------------------------------------------------------- tables
 
 _MISSING = """Not measured yet: two threads and batch 8 (the machine was shared), SqueezeNet, the accuracy of ResNet-56
-and SqueezeNet over time, other pruners at the same time, a browser, and a GPU. The second runtime's times were taken on
-a busy machine; its outputs are what counts there."""
+and SqueezeNet over time, other pruners at the same time, and a GPU. The second runtime's and the browser's times are
+lower quartiles of a busy machine; the outputs are what counts there. Models called `-cut` are not fitted."""
 
 
 def text(found: dict[str, Rows]) -> str:
@@ -242,8 +256,8 @@ def text(found: dict[str, Rows]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", default="promise,curves,second")
-    parser.add_argument("--nets", default="resnet20,resnet56,squeezenet,vgg,mobilenet")
+    parser.add_argument("--part", default="promise,curves,second,browser")
+    parser.add_argument("--nets", default="digits,resnet20,resnet56,squeezenet,vgg,mobilenet")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--batch", default="1,8")
     parser.add_argument("--speedups", default="1.5,2")
@@ -251,6 +265,7 @@ def main() -> None:
     parser.add_argument("--curve-samples", type=int, default=500)
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--keep", type=Path, help="folder for the finished models")
+    parser.add_argument("--web", type=Path, help="node_modules with onnxruntime-web")
     options = parser.parse_args()
     store = HERE / "latency.json"
     found: dict[str, Rows] = json.loads(store.read_text()) if store.is_file() else {}
@@ -272,9 +287,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for case in networks(options.shared, Path(temporary)):
-            if not any(case.name.startswith(name) for name in nets):
-                continue
+        cases = [c for c in networks(options.shared, Path(temporary)) if any(map(c.name.startswith, nets))]
+        for case in cases:
             if "promise" in parts:
                 for count in threads:
                     for batch in (int(x) for x in options.batch.split(",")):
@@ -286,9 +300,15 @@ def main() -> None:
                     for by in ("latency", "macs"):
                         row = curve(case, speedup, by, threads[0], options.curve_samples, folder)
                         note("curves", f"{case.name} {by} {speedup:g}x", row)
-        if "second" in parts:
-            for path in sorted(folder.glob("*.onnx")):
-                note("second runtime", path.stem, second(path))
+        if "browser" in parts and missing(options.web):
+            print(f"nothing in a browser: {missing(options.web)}")
+            parts.remove("browser")
+        for case in cases:
+            for path in sorted(folder.glob(f"{case.name}-*.onnx")):
+                if "second" in parts:
+                    note("second runtime", path.stem, second(path))
+                if "browser" in parts:
+                    note("browser", path.stem, browser(case.model, path, options.web))
 
 
 def _processor() -> str:
