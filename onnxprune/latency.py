@@ -17,7 +17,7 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.parts import Part, parts_of
 from onnxprune.probe import Shapes
 from onnxprune.progress import Progress
-from onnxprune.staircase import Line, Surface
+from onnxprune.staircase import Line, Surface, Surfaces
 from onnxprune.stopwatch import Stopwatch
 
 SECONDS = 60.0  # after which no further widths are measured
@@ -84,19 +84,21 @@ class TimeCost(Cost):
     """
 
     def __init__(self, analysis: Analysis, parts: Sequence[tuple[Part, Surface]], whole: float) -> None:
-        self.parts = list(parts)
-        self.units = np.array([g.units for g in analysis.groups], dtype=np.int64)
-        self.touching: list[list[int]] = [[] for _ in self.units]
-        for k, (part, _) in enumerate(self.parts):
-            for group in {g for side in part.sides for g in side}:
-                self.touching[group].append(k)
+        groups = len(analysis.groups)
+        self.surfaces = Surfaces([surface for _, surface in parts])
+        self.base = np.zeros((len(parts), 2))
+        self.slope = np.zeros((len(parts), 2, groups))
+        for k, (part, _) in enumerate(parts):
+            self.base[k, : len(part.sides)] = part.base
+            self.slope[k, : len(part.sides)] = part.slope
+        self.touching = [np.flatnonzero(self.slope[:, :, g].any(axis=1)) for g in range(groups)]
         self.whole = whole
-        self.all_parts = float(self._of_parts(self.units).sum())
+        self.all_parts = float(self._of_parts(np.array([g.units for g in analysis.groups])).sum())
         # the parts cannot take longer than the whole
         self.trust = min(1.0, whole / self.all_parts) if self.all_parts > 0 else 1.0
 
     def _of_parts(self, kept: np.ndarray) -> np.ndarray:
-        return np.array([float(surface.at(part.widths(kept))) for part, surface in self.parts])
+        return self.surfaces.at(self.base + self.slope @ kept)
 
     def won(self, kept: np.ndarray) -> float:
         """Seconds that the parts win alone."""
@@ -108,14 +110,13 @@ class TimeCost(Cost):
 
     def along(self, kept: np.ndarray, group: int, candidates: np.ndarray) -> np.ndarray:
         """Seconds as one group's count runs over the candidates."""
-        many = np.asarray(candidates, dtype=np.float64)
-        moved = np.full(len(many), self.total(kept))
-        for k in self.touching[group]:
-            part, surface = self.parts[k]
-            now = part.widths(kept)
-            new = now + (many - kept[group])[:, None] * part.slope[:, group]
-            moved += self.trust * (surface.at(new) - float(surface.at(now)))
-        return moved
+        touched = self.touching[group]
+        now = (self.base + self.slope @ kept)[touched]
+        steps = np.asarray(candidates, dtype=np.float64) - kept[group]
+        new = now + steps[:, None, None] * self.slope[touched, :, group]
+        moved = self.surfaces.at(new, touched).sum(axis=1) - self.surfaces.at(now, touched).sum()
+        result: np.ndarray = self.total(kept) + self.trust * moved
+        return result
 
     def fastest(self, choices: Sequence[np.ndarray]) -> np.ndarray:
         """Choices that take the least time, as far as single groups tell; of equals the widest."""

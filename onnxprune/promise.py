@@ -137,23 +137,25 @@ class Timing:
         ratio were seen, never outside what gave those two.
         """
         best, nearest = np.empty(0, np.int64), np.inf
-        seen: dict[bytes, float] = {}
+        seen: dict[bytes, Ratio] = {}
         slow, fast = np.inf, 0.0  # trusts that gave too slow and too fast a network
         with self.progress.stage("meet the time", _ROUNDS):
             for _ in range(_ROUNDS):
                 trust = self.cost.trust
                 counts = allocate([Limit("latency", self.cost, self.cost.whole / self.goal), *others])
                 again = counts.tobytes() in seen
-                ratio = seen[counts.tobytes()] if again else self._see(counts).ratio
-                seen[counts.tobytes()] = ratio
+                found = seen[counts.tobytes()] if again else self._see(counts)
+                seen[counts.tobytes()] = found
                 self.progress.advance()
-                miss = ratio / self.goal - 1
+                miss = found.ratio / self.goal - 1
                 # other limits may ask for more than the ratio does
                 gap = max(-miss, 0.0) if others and miss > 0 else abs(miss)
                 if gap < nearest:
                     best, nearest = counts, gap
                 slow, fast = (min(slow, trust), fast) if miss < 0 else (slow, max(fast, trust))
-                if gap <= _CLOSE or (again and not (np.isfinite(slow) and fast)) or slow < fast * 1.001:
+                # of a ratio that cannot be told from the goal, no further round knows better
+                met = gap <= _CLOSE or (gap <= MISSED / 2 and found.low <= self.goal <= found.high)
+                if met or (again and not (np.isfinite(slow) and fast)) or slow < fast * 1.001:
                     break
                 if np.isfinite(slow) and fast and not fast < self.cost.trust < slow:
                     self.cost.trust = float(np.sqrt(slow * fast))

@@ -8,7 +8,7 @@ found by bisection; nothing is assumed of where they lie.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -118,12 +118,41 @@ class Surface:
         coupling = (float(x @ y) + doubt / full) / (float(x @ x) + doubt)
         return Surface(sides, float(np.clip(coupling, 0.0, 2.0 / full)))
 
-    def at(self, widths: np.ndarray) -> np.ndarray:
-        """Seconds at widths (..., sides), which are rounded up; fractions count as the next channel."""
-        index = np.ceil(np.asarray(widths) - 1e-9).astype(np.int64)
-        parts = [side[np.clip(index[..., k], 0, len(side) - 1)] for k, side in enumerate(self.sides)]
-        if len(parts) == 1:
-            return parts[0]
-        full, (a, b) = float(self.sides[0][-1]), parts
-        result: np.ndarray = np.maximum(a + b - full + self.coupling * (full - a) * (full - b), 0.02 * full)
-        return result
+
+class Surfaces:
+    """Many surfaces, looked up at once.
+
+    A side that a surface lacks is one whose time is always that of the whole.
+
+    Args:
+        surfaces: one per part.
+    """
+
+    def __init__(self, surfaces: Sequence[Surface]) -> None:
+        self.full = np.array([float(s.sides[0][-1]) for s in surfaces])
+        self.coupling = np.array([s.coupling for s in surfaces])
+        self.least = np.array([0.02 * float(s.sides[0][-1]) if len(s.sides) > 1 else -np.inf for s in surfaces])
+        self.seconds, self.start, self.last = [], [], []
+        for k in range(2):
+            sides = [s.sides[k] if k < len(s.sides) else s.sides[0][-1:] for s in surfaces]
+            lengths = np.array([len(side) for side in sides], dtype=np.int64)
+            self.seconds.append(np.concatenate([*sides, np.empty(0)]))
+            self.start.append(np.cumsum(lengths) - lengths)
+            self.last.append(lengths - 1)
+
+    def at(self, widths: np.ndarray, which: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Seconds, (..., surfaces), at widths (..., surfaces, 2), which are rounded up; fractions are a channel more.
+
+        Args:
+            widths: of both sides.
+            which: of the surfaces; all of them unless given.
+        """
+        index = np.ceil(widths - 1e-9).astype(np.int64)
+        a, b = (
+            self.seconds[k][self.start[k][which] + np.minimum(np.maximum(index[..., k], 0), self.last[k][which])]
+            for k in range(2)
+        )
+        full = self.full[which]
+        together = a + b - full + self.coupling[which] * (full - a) * (full - b)
+        found: np.ndarray = np.maximum(together, self.least[which])
+        return found

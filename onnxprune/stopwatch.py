@@ -27,22 +27,35 @@ _ROUNDS = (6, 40)  # fewest and most
 _FEWEST_SLOW, _LONGEST = 3, 0.4  # rounds that a model gets that takes longer than so many seconds in all
 _STRETCH = 1e-3  # seconds of runs of one model per round
 _MOST_RUNS = 24  # per round
-_TIGHT = 0.004  # relative standard error at which a model is done
+_TIGHT = 0.006  # relative standard error at which a model is done
 _SCHEMA = "create table if not exists times (machine text, model text, seconds real, primary key (machine, model))"
 
 
-def robust(values: Sequence[float]) -> tuple[float, float]:
-    """Median without outliers (beyond three times the median deviation), and its relative standard error.
+def robust(values: Sequence[float] | Array) -> tuple[float, float]:
+    """Median without outliers (beyond three times the median deviation) and NaN, and its relative standard error.
 
     >>> robust([1.0, 1.1, 1.0, 0.9, 50.0])[0]
     1.0
     """
     given = np.asarray(values, dtype=np.float64)
+    given = given[~np.isnan(given)]
     middle = float(np.median(given))
     spread = float(np.median(np.abs(given - middle)))
     kept = given[np.abs(given - middle) <= 3 * 1.4826 * spread] if spread else given
     middle = float(np.median(kept))
     return middle, 1.2533 * 1.4826 * spread / np.sqrt(len(kept)) / middle if middle else 0.0
+
+
+def at_even_pace(seconds: Array) -> Array:
+    """Times as if every round had run at the same pace: the median over rounds. Rows are rounds; NaN was not timed.
+
+    >>> at_even_pace(np.array([[1.0, 10.0, 5.0], [1.2, 12.0, 6.0], [1.0, np.nan, 5.0]]))[1].round(9).tolist()
+    [1.0, 10.0, 5.0]
+    """
+    found = np.log(seconds)
+    for _ in range(3):  # medians of columns and rows in turns (Tukey's median polish)
+        found = found - np.nanmedian(found - np.nanmedian(found, axis=0), axis=1, keepdims=True)
+    return np.exp(found)
 
 
 @dataclass(eq=False)
@@ -90,24 +103,25 @@ class Stopwatch:
                 continue
         if not running:
             return {}
-        pace = _Running(self.runtime, yardstick())
-        values: dict[str, list[float]] = {key: [] for key in running}
-        left, spent = list(running), dict[str, float]()
+        keys = list(running)
+        clocks = [_Running(self.runtime, yardstick()), *running.values()]
+        values = np.full((_ROUNDS[1], len(clocks)), np.nan)
+        left, spent, rng = np.arange(1, len(clocks)), np.zeros(len(clocks)), np.random.default_rng(0)
         for round_number in range(_ROUNDS[1]):
-            before, seen = pace.time(), {}
-            for key in left if round_number % 2 == 0 else reversed(left):
-                seen[key] = running[key].time()
-            slowness = (before + pace.time()) / 2 / self._usual(before)
-            for key, seconds in seen.items():
-                values[key].append(seconds / slowness)
-            spent = {key: spent.get(key, 0.0) + running[key].runs * seen[key] for key in left}
+            # what ran before a model counts: it is another one every time, so that it is no fixed part of any time
+            for k in rng.permutation([0, *left]):
+                values[round_number, k] = clocks[k].time()
+                spent[k] += clocks[k].runs * values[round_number, k]
             if round_number + 1 >= _ROUNDS[0]:
-                left = [key for key in left if robust(values[key])[1] > _TIGHT]
+                even = at_even_pace(values[: round_number + 1])
+                left = np.array([k for k in left if robust(even[:, k])[1] > _TIGHT], dtype=np.int64)
             if round_number + 1 >= _FEWEST_SLOW:
-                left = [key for key in left if spent[key] < _LONGEST]
-            if not left:
+                left = left[spent[left] < _LONGEST]
+            if not len(left):
                 break
-        return {key: robust(each)[0] for key, each in values.items()}
+        even = at_even_pace(values[: round_number + 1])
+        slowness = robust(even[:, 0])[0] / self._usual(robust(even[:, 0])[0])
+        return {key: robust(even[:, k])[0] / slowness for k, key in enumerate(keys, start=1)}
 
     def _usual(self, seconds: float) -> float:
         """What the yardstick takes, the same for all that is compared: as found first on this machine."""
@@ -163,7 +177,7 @@ class _Running:
 
 
 def yardstick() -> onnx.ModelProto:
-    """A small convolution that every round times as well: what slows it, slows what is measured beside it."""
+    """A small convolution that is timed beside all others: the pace at which tables of different days are compared."""
     value, tensor = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
     weight = np.random.default_rng(0).standard_normal((32, 32, 3, 3)).astype(np.float32)
     graph = onnx.helper.make_graph(
@@ -200,7 +214,7 @@ def machine(runtime: Runtime) -> str:
             "device": _gpu() if runtime.provider in ("cuda", "tensorrt") else _processor(),
             "threads": runtime.thread_count,
             "clock": "thread" if runtime.computes_alone else "wall",
-            "version": 2,  # of how is measured
+            "version": 3,  # of how is measured
         },
         sort_keys=True,
     )
