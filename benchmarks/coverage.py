@@ -7,10 +7,11 @@
 
 Every file is pruned by the public call to 1.5x (or as far as the model goes) at random channels and without
 reconstruction, proven, and, with ``--judge``, compared by the outside script with the original in which the removed
-channels are silenced, at every size it was probed at. Seed 0, one thread, a process per file. ``--fit`` prunes every
-file once more as a user would: channels chosen by activations, weights fitted again, on a few random samples; that says
-what runs, and nothing of what is left of a trained network (`accuracy.py` does). ``--others`` names a Python that has
-what `coverage_others` needs. The answers stand beside one another in one table.
+channels are silenced, at every size it was probed at; functions and fused layers are taken apart for it before. A file
+that onnxruntime does not run as it came is listed as refused. Seed 0, one thread, a process per file. ``--fit`` prunes
+every file once more as a user would: channels chosen by activations, weights fitted again, on a few random samples;
+that says what runs, and nothing of what is left of a trained network (`accuracy.py` does). ``--others`` names a Python
+that has what `coverage_others` needs. The answers stand beside one another in one table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from coverage_plain import plain, rounding
 from coverage_table import LATE, OTHER_NAMES, SAMPLES, TARGET, markdown, verdict
 
 OTHERS = Path(__file__).with_name("coverage_others.py")
@@ -36,13 +38,17 @@ ONNXSIM = ("onnxsim", "onnxsim_simplified")
 
 def prune_one(path: Path, judge: Path | None) -> dict[str, Any]:
     """Prune one file at random channels without reconstruction, by the public call, and have it judged."""
-    import onnxruntime as ort
+    import onnx
 
     import onnxprune
     from onnxprune.graph import Graph, read_model
     from onnxprune.probe import probe
     from onnxprune.runtime import Runtime
 
+    try:
+        Runtime("cpu", 1).suited(read_model(path))
+    except onnxprune.InputError as error:  # the exporter's fault, or the runtime's
+        return {"refused": str(error).replace("onnxruntime refuses the model: ", "")[:300]}
     start = time.perf_counter()
     try:
         done = onnxprune.prune(
@@ -65,18 +71,22 @@ def prune_one(path: Path, judge: Path | None) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "frozen": [f"{f.reason} ({f.op} {f.node})"[:160] for f in sorted(held, key=lambda f: -f.macs)[:3]],
     }
-    ort.InferenceSession(done.model.SerializeToString(), providers=["CPUExecutionProvider"])
-    if judge is None:
-        return result
     graph = Graph(read_model(path), path.parent)
     result["nodes"] = len(graph.nodes)
     with tempfile.TemporaryDirectory() as folder:
         done.save(f"{folder}/pruned.onnx")
+        Runtime("cpu", 1).session(read_model(Path(f"{folder}/pruned.onnx")))
+        if judge is None:
+            return result
+        whole = onnx.load(path)
+        onnx.save(plain(whole), f"{folder}/plain.onnx")
+        onnx.save(plain(onnx.load(f"{folder}/pruned.onnx")), f"{folder}/plain_pruned.onnx")
         (Path(folder) / "report.json").write_text(report.to_json())
         worst = 0
         for found in probe(graph, Runtime("cpu", 1)).probes:  # at both sizes, where they are dynamic
             given = [f"--shape={n}:{','.join(map(str, a.shape))}" for n, a in found.feeds.items() if a.ndim]
-            files = [str(path), f"{folder}/pruned.onnx", f"{folder}/report.json"]
+            files = [f"{folder}/{name}" for name in ("plain.onnx", "plain_pruned.onnx", "report.json")]
+            given += [f"--tolerance={few}"] if (few := rounding(whole)) else []
             said = subprocess.run(
                 [sys.executable, str(judge), *files, "--draws=1", *given], capture_output=True, text=True, check=False
             )
@@ -160,7 +170,11 @@ def main() -> None:
             found = _child([str(options.others), str(OTHERS), str(path)], options.seconds)
             row |= found if "error" not in found else dict.fromkeys(ONNXSIM, f"failed: {found['error']}")
         rows[path.stem] = row
-        said = row.get("error") or f"{row['prunable']:.2f} {row['speedup']:.2f}x {row['seconds']} s {row['frozen'][:1]}"
+        said = (
+            row.get("refused")
+            or row.get("error")
+            or f"{row['prunable']:.2f} {row['speedup']:.2f}x {row['seconds']} s {row['frozen'][:1]}"
+        )
         print(f"{path.stem}: {verdict(row)} {said} {row.get('fit', '')}", file=sys.stderr, flush=True)
         if target:
             known["rows"] = [rows[name] for name in sorted(rows)]

@@ -16,7 +16,9 @@ OTHER_NAMES = {
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """In a word: pruned, unchanged, wrong or crashed."""
+    """In a word: pruned, unchanged, wrong, crashed, or refused by the runtime as it came."""
+    if "refused" in row:
+        return "refused"
     if "error" in row:
         return "wrong" if "the proof failed" in row["error"] else "crash"
     if row.get("judge") == "differs":
@@ -55,15 +57,20 @@ def _held_by(reasons: list[str]) -> str:
     return next(iter(telling or reasons), "")
 
 
+def _refused(count: int) -> str:
+    return f"; {count} do not run in onnxruntime as the exporter wrote them" if count else ""
+
+
 def markdown(rows: list[dict[str, Any]], machine: str, refused: dict[str, str], note: str = "") -> str:
     """The table, with its summary first.
 
     ``refused`` says what an exporter could not write, and why; ``note`` is what a person has to say about the table.
     """
     verdicts = [verdict(row) for row in rows]
-    count = {v: verdicts.count(v) for v in ("pruned", "unchanged", "wrong", "crash")}
+    count = {v: verdicts.count(v) for v in ("pruned", "unchanged", "wrong", "crash", "refused")}
     prunable = [row["prunable"] for row in rows if "prunable" in row]
     most = sum(p >= 0.9 for p in prunable)
+    reached = sum(row.get("speedup", 0) >= TARGET for row in rows)
     lines = [
         "# Coverage",
         "",
@@ -72,8 +79,8 @@ def markdown(rows: list[dict[str, Any]], machine: str, refused: dict[str, str], 
         " seed 0, one thread; seconds are those of a busy machine.",
         "",
         f"Pruned exactly {count['pruned']}, unchanged {count['unchanged']}, wrong {count['wrong']}, crashed"
-        f" {count['crash']}. Share of multiply-accumulates in prunable layers at least 0.9 in {most} of"
-        f" {len(prunable)} files; {TARGET}x reached in {sum(row.get('speedup', 0) >= TARGET for row in rows)}.",
+        f" {count['crash']}{_refused(count['refused'])}. Share of multiply-accumulates in prunable layers at least 0.9"
+        f" in {most} of {len(prunable)} files; {TARGET}x reached in {reached}.",
         "",
     ]
     others = [key for key in OTHER_NAMES if any(key in row for row in rows)]
@@ -91,7 +98,10 @@ def markdown(rows: list[dict[str, Any]], machine: str, refused: dict[str, str], 
         parts = row["file"].split("__")
         name, exporter, batch = ("/".join(parts[:-2]), *parts[-2:]) if len(parts) > 2 else (row["file"], "", "")
         cells = [name, exporter, batch, row.get("nodes", "")]
-        if "error" in row:
+        if "refused" in row:
+            cells += [""] * 4
+            why = f"does not run as it came: {row['refused'][:120]}"
+        elif "error" in row:
             cells += [""] * 4
             why = f"**{verdict(row)}**: {row['error'][:120]}"
         else:

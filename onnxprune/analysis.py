@@ -121,7 +121,7 @@ def view(node: Node, graph: Graph, shapes: Shapes, which: int = 0) -> OpView:
         tuple(sizes(n) for n in node.inputs),
         tuple(sizes(n) for n in node.outputs),
         tuple(value(n) for n in node.inputs),
-        tuple(n in graph.computed_from_constants for n in node.inputs),
+        tuple(n in graph.computed_from_constants and n not in graph.offset for n in node.inputs),
         tuple(seen(n) for n in node.inputs),
     )
 
@@ -345,7 +345,11 @@ def _frozen(
     held: dict[Seed, tuple[int, dict[int, str]]] = {}
     for term in terms:
         macs[term.index] = macs.get(term.index, 0.0) + term.at(nominal)
-        for axis in term.axes:
+        node = graph.nodes[term.index]
+        axes = term.axes
+        if isinstance(statements[term.index].relation, Refusal):  # what its weights say is what holds it
+            axes = tuple((n, k) for n in node.inputs if n in weights for k in range(len(nominal.shape(n) or ())))
+        for axis in axes:
             seed, count = coupling.frozen.get(axis, (None, 0))
             if seed not in channels or seed.kind in _NO_CHANNELS or (seed.tensor in inputs and seed.axis == 0):
                 continue

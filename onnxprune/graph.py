@@ -114,6 +114,19 @@ class Graph:
                 known.update(node.outputs)
         return frozenset(known - {""})
 
+    @cached_property
+    def offset(self) -> frozenset[str]:
+        """Names of the constants of which a zero in the file is another number: quantised, zero point not zero."""
+        found: set[str] = set()
+        for node in self.nodes:
+            if found & set(node.inputs):
+                found.update(set(node.outputs) & self.computed_from_constants)
+            elif node.op == "DequantizeLinear" and node.inputs[0] in self.computed_from_constants:
+                point = node.inputs[2] if len(node.inputs) > 2 else ""
+                if point and not (self.is_stored(point) and not np.any(self.array(point))):
+                    found.update(node.outputs)
+        return frozenset(found)
+
     def is_stored(self, name: str) -> bool:
         """Whether the tensor's values stand in the file (an initializer or a Constant's tensor)."""
         return name in self.initializers or name in self._constant_nodes

@@ -193,6 +193,7 @@ for _domain, _names, _count in (
     ("", "Attention", _attention),
     (_MS, "FusedConv NhwcConv NhwcFusedConv", _conv(1)),
     (_MS, "QLinearConv", _conv(3)),
+    (f"{_MS}.nchwc", "Conv", _conv(1)),
     (_MS, "DynamicQuantizeMatMul FusedGemm FusedMatMul MatMulIntegerToFloat QGemm TransposeMatMul", _product),
     (_MS, "MatMulBnb4 MatMulNBits", _low_bits),
     (_MS, "DynamicQuantizeLSTM", _recurrent),

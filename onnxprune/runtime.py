@@ -15,7 +15,7 @@ import onnxruntime as ort
 from onnxprune.errors import InputError
 from onnxprune.images import is_float
 from onnxprune.precision import float32_copy, types
-from onnxprune.tensors import detached
+from onnxprune.tensors import detached, graphs
 
 ort.set_default_logger_severity(4)  # GPU builds warn about missing drivers on machines without one
 
@@ -40,7 +40,8 @@ class Runtime:
         threads: how many (0: the runtime's own choice).
         as_float32: whether models are run as copies in float32, for want of kernels for their own types; inputs of
             other types are converted, and what is a float in the model comes out in float32.
-        fallen: said of sessions that came up on another provider; shared with all that is made from this one.
+        fallen: said of sessions that came up on another provider, or unoptimised; shared with all that is made from
+            this one.
     """
 
     provider: str = "cpu"
@@ -124,12 +125,23 @@ class Runtime:
         values: dict[str, np.ndarray] = {}
         if isinstance(model, onnx.ModelProto):
             model, values = detached(model)
+            if values:  # a stored tensor that nothing reads is gone before its values come
+                read = {name for graph in graphs(model) for node in graph.node for name in node.input}
+                read |= {value.name for value in model.graph.output}
+                values = {name: array for name, array in values.items() if name in read}
         given = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in values.items()}
         options.add_external_initializers(list(given), list(given.values()))
         if values and not optimise:  # run once or twice: weights are read where they are, without a second copy
             options.add_session_config_entry("session.disable_prepacking", "1")
         data = model if isinstance(model, bytes) else model.SerializeToString()
-        session = self._start(data, options)
+        try:
+            session = self._start(data, options)
+        except InputError:
+            if not optimise:
+                raise
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            session = self._start(data, options)
+            self._note("onnxruntime fails to optimise the model, which was run as it stands")
         session.given = given  # the session reads what these hold
         return session
 
@@ -150,10 +162,12 @@ class Runtime:
         found = session.get_providers()
         if PROVIDERS[self.provider] not in found:
             came = next((name for name, provider in PROVIDERS.items() if provider in found), found[0])
-            note = f"provider {self.provider!r} did not come up on this machine: models were run on {came!r}"
-            if note not in self.fallen:
-                self.fallen.append(note)
+            self._note(f"provider {self.provider!r} did not come up on this machine: models were run on {came!r}")
         return session
+
+    def _note(self, said: str) -> None:
+        if said not in self.fallen:
+            self.fallen.append(said)
 
 
 class _Float32Session(ort.InferenceSession):  # type: ignore[misc]

@@ -226,4 +226,15 @@ def test_what_works_on_integers_is_counted_and_held_back() -> None:
     analysis = analysed(model)[0]
     assert count_model_macs(model) == analysis.macs == 12 * 12 + 12 * 9
     assert not analysis.groups and analysis.prunable_macs == 0.0
-    assert "DynamicQuantizeLinear works on integers" in " ".join(f.reason for f in analysis.frozen)
+    held = {f.node: f.reason for f in analysis.frozen if f.op == "MatMulInteger"}
+    assert len(held) == 1 and "works on integers" in next(iter(held.values()))
+
+
+def test_what_an_optimizer_laid_out_for_one_machine_is_counted_and_says_so() -> None:
+    g = Builder()
+    x = g.node("ReorderInput", g.input("x", [1, 32, 8, 8]), domain="com.microsoft.nchwc")
+    y = g.node("Conv", x, g.weight(16, 32, 1, 1), domain="com.microsoft.nchwc", kernel_shape=[1, 1])
+    y = g.node("ReorderOutput", y, domain="com.microsoft.nchwc", channels=16)
+    analysis = analysed(g.model(y))[0]
+    assert analysis.macs == 16 * 32 * 64
+    assert any("prune the model that it was made from" in f.reason and f.op == "Conv" for f in analysis.frozen)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from builder import RUNTIME, Builder, analysed, run
+from builder import RUNTIME, Builder, analysed, pruned, run
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.api import prune
@@ -222,3 +222,34 @@ def test_where_integers_are_computed_with_nothing_is_taken_out() -> None:
     model = g.model(g.Cast(y, to=TensorProto.FLOAT))
     assert without_rounding(model, {}) is model
     assert RUNTIME.suited(model) is RUNTIME
+
+
+def _offset(g: Builder, *shape: int) -> str:
+    """A tensor of eight bits whose zero point is not zero, and what it stands for."""
+    stored = g.const(g.rng.integers(0, 256, shape), dtype=np.uint8)
+    return g.DequantizeLinear(stored, g.const(0.02), g.const(117, dtype=np.uint8))
+
+
+def test_a_zero_point_matters_where_weights_are_summed_over_and_nowhere_else() -> None:
+    """Of a bias the file's zero may stand for another number: what reads the channel silences it."""
+    g = Builder()
+    x = g.conv(g.input("x", [2, 3, 6, 6]), 12, bias=False, name="a")
+    x = g.Relu(g.Add(x, _offset(g, 12, 1, 1)))
+    x = g.Relu(g.conv(x, 10, name="b"))  # zero where its weights are, whatever reads it
+    x = g.Sigmoid(g.node("Conv", x, g.Identity(_offset(g, 11, 10, 1, 1)), name="c"))
+    model = g.model(g.node("Conv", x, g.Identity(_offset(g, 5, 11, 1, 1)), name="d"))
+    analysis = analysed(model)[0]
+    assert [info.name for info in analysis.groups] == ["a", "b"]
+    held = next(f for f in analysis.frozen if f.node == "d" and "c" in f.layers)
+    assert "a silenced channel is not zero there" in held.reason and "zero point zero" in held.remedy
+    assert pruned(model)[3].max_relative_difference < 1e-6
+
+
+def test_products_of_activations_are_cut_only_where_a_bias_can_be_silenced() -> None:
+    for offset in (False, True):
+        g = Builder()
+        x = g.input("x", [2, 7, 6])
+        q, k = (g.linear(x, 8, name=name, bias=False) for name in "qk")
+        q, k = (g.Add(y, _offset(g, 8) if offset else g.weight(8)) for y in (q, k))
+        analysis = analysed(g.model(g.MatMul(q, g.Transpose(k, perm=[0, 2, 1]))))[0]
+        assert len(analysis.groups) == (0 if offset else 1)

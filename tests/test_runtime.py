@@ -103,3 +103,17 @@ def test_no_whole_model_is_made_ready_twice(monkeypatch: pytest.MonkeyPatch) -> 
     for each in (model, result.model):
         assert built[each.SerializeToString(deterministic=True), True] == 1  # for its latency and its fidelity
     assert built[model.SerializeToString(deterministic=True), False] == 1  # to see whether it runs at all
+
+
+def test_a_model_that_the_runtime_fails_to_optimise_is_run_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ort.InferenceSession.__init__
+
+    def init(self: Any, model: Any, options: Any = None, **others: Any) -> None:
+        if options.graph_optimization_level != ort.GraphOptimizationLevel.ORT_DISABLE_ALL:
+            raise RuntimeError("Attempt to replace the existing tensor")
+        real(self, model, options, **others)
+
+    monkeypatch.setattr(ort.InferenceSession, "__init__", init)
+    report = prune(network(), data=X, select="l1", reconstruct=False, threads=1).report
+    assert report.after.latency_ms is not None
+    assert sum("fails to optimise the model" in warning for warning in report.warnings) == 1

@@ -261,3 +261,14 @@ def test_numbers_of_four_bits_are_read_whole(tmp_path: Path) -> None:
     (found,) = read_model(tmp_path / "m.onnx").graph.initializer
     assert not tensors.is_outside(found)
     assert np.array_equal(numpy_helper.to_array(found), numpy_helper.to_array(tensor))
+
+
+def test_weights_outside_that_are_computed_from_others(tmp_path: Path) -> None:
+    """What is folded is computed apart, where the other weights have no readers."""
+    g = Builder()
+    x = g.Relu(g.MatMul(g.input("x", ["n", 16]), g.Transpose(g.weight(32, 16))))
+    model = g.model(g.linear(g.Relu(g.linear(x, 24)), 10))
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    result = prune(path, speedup=1.5, threads=1, reconstruct=False)
+    assert result.report.achieved.macs >= 1.5

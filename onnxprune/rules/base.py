@@ -24,7 +24,7 @@ class OpView:
     in_sizes: tuple[Sizes | None, ...]  # None: absent
     out_sizes: tuple[Sizes | None, ...]
     values: tuple[np.ndarray | None, ...]  # of inputs that are constants, where they are at hand
-    constant: tuple[bool, ...]  # computed from constants alone
+    constant: tuple[bool, ...]  # computed from constants alone, and zero where those are
     seen: tuple[np.ndarray | None, ...] = ()  # of all short inputs, as they were when the model was probed
 
     def in_shape(self, k: int) -> Shape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxprune.axes import Refusal, Relation
-from onnxprune.rules.base import FIRST, OpView, Row, Table, add, letters, relate
+from onnxprune.rules.base import FIRST, Clauses, OpView, Row, Table, add, letters, relate
 
 
 def _quantize(op: OpView) -> Relation | Refusal:
@@ -14,9 +14,6 @@ def _quantize(op: OpView) -> Relation | Refusal:
     scale = op.in_shape(1)
     if len(scale) > 1 or op.attributes.get("block_size", 0):
         return Refusal(f"{op.op} with a scale per block; quantise per tensor or per axis")
-    point = op.value(2)
-    if op.op == "DequantizeLinear" and op.constant[0] and op.has(2) and (point is None or np.any(point)):
-        return Refusal("weights quantised with a zero point other than zero; quantise weights symmetrically")
     along = ""
     if scale:
         along = "1" if scale[0] == 1 else names[op.axis(1)]
@@ -24,8 +21,15 @@ def _quantize(op: OpView) -> Relation | Refusal:
     return relate([text, along, along if op.has(2) and op.in_shape(2) else ""], [text])
 
 
+def _dequantized_of_zero(op: OpView) -> Clauses:
+    """A zero in the file is a zero with symmetric weights only; of what is computed, a zero comes back as one."""
+    point = op.value(2)
+    symmetric = not op.has(2) or (point is not None and not np.any(point))
+    return FIRST if symmetric or not op.constant[0] else ()
+
+
 def register(table: Table) -> None:
     """Add the rows of this file."""
     for domain in ("", "com.microsoft"):
         add(table, "QuantizeLinear", Row(_quantize, zero=FIRST), domain=domain)
-        add(table, "DequantizeLinear", Row(_quantize, weights=(0,), zero=FIRST), domain=domain)
+        add(table, "DequantizeLinear", Row(_quantize, weights=(0,), zero=_dequantized_of_zero), domain=domain)

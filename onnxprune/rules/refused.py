@@ -53,9 +53,20 @@ REASONS_OF_MICROSOFT = {
 }
 
 
+REASONS_OF_LAYOUT = {
+    "AveragePool Conv GlobalAveragePool GlobalMaxPool MaxPool ReorderInput ReorderOutput Upsample": (
+        "is laid out for one machine by onnxruntime's optimizer; prune the model that it was made from"
+    ),
+}
+
+
 def register(table: Table) -> None:
     """Add the rows of this file."""
-    for domain, reasons in (("", REASONS), ("com.microsoft", REASONS_OF_MICROSOFT)):
+    for domain, reasons in (
+        ("", REASONS),
+        ("com.microsoft", REASONS_OF_MICROSOFT),
+        ("com.microsoft.nchwc", REASONS_OF_LAYOUT),
+    ):
         for names, reason in reasons.items():
             for name in names.split():
                 add(table, name, Row(Refusal(f"{name} {reason}")), domain=domain)
