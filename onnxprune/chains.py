@@ -3,7 +3,8 @@
 Alone, a part would be called from outside and given its input in the layout of the file. Inside, its input comes from
 another layer, in whatever layout that layer made it, and a change of layout costs time. So the part stands behind small
 convolutions that make its inputs, and several copies of it stand in one model, their results summed up; what a further
-copy costs, less what a further small convolution costs, is the part.
+copy costs, less what a further small convolution costs, is the part. An input that comes in the layout of the file in
+the network too is given from outside, to every copy another one.
 """
 
 from __future__ import annotations
@@ -36,17 +37,20 @@ class Timed:
         return self.factor * (one if many is None else (many - one) / (COPIES - 1))
 
 
-def chained(model: onnx.ModelProto, made: Sequence[str], summand: str = "") -> list[Timed]:
+def chained(model: onnx.ModelProto, made: Sequence[str], summand: str = "", given: Sequence[str] = ()) -> list[Timed]:
     """What to time for a part with one output, an image of floats.
 
     Args:
         model: the part.
-        made: its inputs that another layer makes, images of floats too.
+        made: its inputs that come in the layout that a convolution made them in, images of floats too.
         summand: its input that is added to the result, as by a residual sum; each copy takes the one before there.
+        given: its inputs that come in the layout of the file.
     """
-    parts = [Timed(1.0, copies(model, 1, made, summand), copies(model, COPIES, made, summand))]
+    parts = [Timed(1.0, *(copies(model, count, made, summand, given) for count in (1, COPIES)))]
     inputs = {value.name: value for value in model.graph.input}
     for name in made:
+        if name == summand:  # made once, however many copies there are
+            continue
         maker = _maker(inputs[name], model)
         parts.append(Timed(-1.0, copies(maker, 1), copies(maker, COPIES)))
     if not summand and model.graph.node[0].op_type != "Conv":  # into a convolution the sum is fused
@@ -56,23 +60,29 @@ def chained(model: onnx.ModelProto, made: Sequence[str], summand: str = "") -> l
     return parts
 
 
-def copies(model: onnx.ModelProto, count: int, made: Sequence[str] = (), summand: str = "") -> onnx.ModelProto:
+def copies(
+    model: onnx.ModelProto, count: int, made: Sequence[str] = (), summand: str = "", given: Sequence[str] = ()
+) -> onnx.ModelProto:
     """A model in which the nodes stand ``count`` times, every copy with weights of its own and all of them used."""
     new = onnx.ModelProto(ir_version=model.ir_version)
     new.opset_import.extend(model.opset_import)
     new.graph.name = "copies"
     for value in model.graph.input:
-        seed = new.graph.input.add()
-        seed.CopyFrom(value)
-        if value.name in made:
-            seed.type.tensor_type.shape.dim[1].dim_value = _SEED
+        for k in range(count if value.name in given else 1):
+            seed = new.graph.input.add()
+            seed.CopyFrom(value)
+            seed.name = f"{value.name}/{k}" if value.name in given else value.name
+            if value.name in made:
+                seed.type.tensor_type.shape.dim[1].dim_value = _SEED
     shared = {value.name for value in model.graph.input}
     (output,) = (value.name for value in model.graph.output)
     last = ""
     for k in range(count):
         names = {name: name for name in shared} | {"": ""}
         for value in model.graph.input:
-            if value.name in made:
+            if value.name in given:
+                names[value.name] = f"{value.name}/{k}"
+            if value.name in made and not (value.name == summand and last):
                 names[value.name] = f"{value.name}/{k}"
                 new.graph.initializer.append(_small_weight(value, k))
                 small = [value.name, f"{value.name}/{k}/w"]

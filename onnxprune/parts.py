@@ -30,6 +30,8 @@ _FUSED = frozenset(
     Add Sum Sub Mul Div
     """.split()  # noqa: SIM905
 )
+# what leaves images in the layout that a convolution made them in
+_KEEPS_LAYOUT = _FUSED | {"MaxPool", "AveragePool", "Concat", "Resize", "Upsample", "Identity", "Dropout"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,7 @@ class Part:
         sides: sets of groups that make it narrower: two for a layer with its own input and output, else one.
         base: per side, channels that always stay.
         slope: (sides, groups) channels per unit.
+        blocked: of the inputs, those that may come in a layout of the runtime's own.
     """
 
     analysis: Analysis
@@ -53,6 +56,7 @@ class Part:
     sides: tuple[tuple[int, ...], ...]
     base: np.ndarray
     slope: np.ndarray
+    blocked: frozenset[str]
 
     @cached_property
     def name(self) -> str:
@@ -127,9 +131,10 @@ class Part:
         images = [n for n in (*self.inputs, *self.outputs) if len(self.deployed.shape(n) or ()) == 4]
         if len(self.outputs) > 1 or self.outputs[0] not in images or any(types[n] not in FLOATS for n in images):
             return [Timed(1.0, model)]
-        given = {spec.name for spec in self.analysis.graph.inputs}
-        made = [n for n in self.inputs if n in images and n not in given and n != self._summand]
-        return chained(model, made, self._summand)
+        read = [n for n in self.inputs if n in images]
+        made = [n for n in read if n in self.blocked]
+        given = [n for n in read if n not in self.blocked and n != self._summand]
+        return chained(model, made, self._summand, given)
 
     @cached_property
     def _summand(self) -> str:
@@ -168,12 +173,25 @@ def parts_of(analysis: Analysis, deployed: Shapes) -> list[Part]:
         head = _fused_into(node, graph, owner)
         owner[node.index] = node.index if head is None else head
         members.setdefault(owner[node.index], []).append(node.index)
-    found = []
+    found, blocked = [], _blocked(graph)
     for indices in members.values():
-        part = _part(analysis, deployed, indices, sizes, rows)
+        part = _part(analysis, deployed, indices, sizes, rows, blocked)
         if part is not None:
             found.append(part)
     return found
+
+
+def _blocked(graph: Graph) -> frozenset[str]:
+    """Tensors that a convolution made, with nothing in between that asks for the layout of the file.
+
+    Runtimes convolve in blocks of channels, and change the layout only where another operator makes them.
+    """
+    constant, found = graph.computed_from_constants, set[str]()
+    for node in graph.nodes:
+        read = [n for n in node.inputs if n and n not in constant and not graph.is_stored(n)]
+        if node.op == "Conv" or (node.op in _KEEPS_LAYOUT and not node.domain and found.issuperset(read)):
+            found.update(node.outputs)
+    return frozenset(found)
 
 
 def _fused_into(node: Node, graph: Graph, owner: Mapping[int, int]) -> int | None:
@@ -192,7 +210,12 @@ def _fused_into(node: Node, graph: Graph, owner: Mapping[int, int]) -> int | Non
 
 
 def _part(
-    analysis: Analysis, deployed: Shapes, indices: list[int], sizes: AxisSizes, rows: Mapping[str, list[int]]
+    analysis: Analysis,
+    deployed: Shapes,
+    indices: list[int],
+    sizes: AxisSizes,
+    rows: Mapping[str, list[int]],
+    blocked: frozenset[str],
 ) -> Part | None:
     graph, inside = analysis.graph, set(indices)
     nodes = [graph.nodes[i] for i in indices]
@@ -221,7 +244,9 @@ def _part(
     for k, groups in enumerate(sides):
         missing = [g for g in groups if matrix[k, g] == 0]
         matrix[k, missing] = [max(float(sizes.slope[used][:, g].max()), 1.0) for g in missing]
-    return Part(analysis, deployed, tuple(indices), inputs, outputs, sides, np.array(base), matrix)
+    return Part(
+        analysis, deployed, tuple(indices), inputs, outputs, sides, np.array(base), matrix, blocked & set(inputs)
+    )
 
 
 def _sides(slope: np.ndarray) -> tuple[tuple[int, ...], ...]:

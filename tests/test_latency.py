@@ -222,6 +222,23 @@ def test_copies_are_all_used_and_have_weights_of_their_own() -> None:
     assert made - read == {many.graph.output[0].name}
 
 
+def test_inputs_come_in_the_layout_that_they_have_in_the_network() -> None:
+    """A residual sum with a padded shortcut is in the layout of the file; one of two convolutions need not be."""
+    g = Builder()
+    x = g.Relu(g.conv(g.input("x", [1, 3, 6, 6]), 32, name="stem"))
+    x = g.Relu(g.Add(g.conv(g.Relu(g.conv(x, 64, name="a0")), 32, name="b0"), x))
+    y = g.conv(g.Relu(g.conv(x, 64, name="a1")), 48, name="b1")
+    x = g.Relu(g.Add(y, g.Pad(x, g.const(np.array([0, 8, 0, 0, 0, 8, 0, 0])))))
+    x = g.Relu(g.conv(x, 64, name="a2"))
+    analysis = analysed(g.model(g.gemm(g.Flatten(g.GlobalAveragePool(x)), 4)))[0]
+    parts = {p.name: p for p in parts_of(analysis, analysis.nominal)}
+    assert [parts[name].inputs[:1] == tuple(parts[name].blocked) for name in ("a0", "a1", "a2")] == [True, True, False]
+    assert [len(parts[name].blocked) for name in ("b0", "b1", "stem")] == [2, 1, 0]
+    many = parts["a2"].timed({})[0].many
+    assert many is not None
+    assert len(many.graph.input) == COPIES  # none is brought into another layout once for all copies
+
+
 def test_what_a_further_copy_costs_is_the_part() -> None:
     analysis = analysed(residual())[0]
     for part in parts_of(analysis, analysis.nominal):
