@@ -204,6 +204,22 @@ def measure_parts(
     return kinds
 
 
+def measure_widths(kinds: Sequence[Kind], kept: np.ndarray, watch: Stopwatch) -> bool:
+    """Time parts at the widths that kept counts give them, where these are not known; whether any is known now.
+
+    Where several groups meet on a side, not every sum of theirs is among the widths that were tried.
+    """
+    wanted: set[Point] = set()
+    for k, kind in enumerate(kinds):
+        for part in kind.parts:
+            for side, width in enumerate(np.ceil(part.widths(kept) - 1e-9).astype(int).tolist()):
+                if width < kind.lines[side].full and width not in kind.lines[side].times:
+                    wanted.add((k, _only(kind, side, width)))
+    before = sum(len(line.times) for kind in kinds for line in kind.lines)
+    _measure(kinds, wanted, watch)
+    return sum(len(line.times) for kind in kinds for line in kind.lines) > before
+
+
 def timed_choices(kinds: Sequence[Kind], choices: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Of kept counts to choose from, those whose time is known on every side that the group makes narrower.
 

@@ -12,7 +12,7 @@ import onnx
 from onnxprune.analysis import Analysis
 from onnxprune.cost import Ratio, measure_ratio
 from onnxprune.counting import nominal_shapes
-from onnxprune.latency import Kind, TimeCost, measure_parts, time_cost, timed_choices
+from onnxprune.latency import Kind, TimeCost, measure_parts, measure_widths, time_cost, timed_choices
 from onnxprune.progress import Progress
 from onnxprune.runtime import Runtime
 from onnxprune.stopwatch import Stopwatch
@@ -21,6 +21,7 @@ from onnxprune.targets import Limit, Wanted, unreachable
 MISSED = 0.05  # relative: a ratio further off is solved again
 _CLOSE = 0.015  # relative: as near as rounds try to come
 _ROUNDS = 10
+_SOLVED_AGAIN = 6  # on a table with more widths, at most
 
 Cut = Callable[[np.ndarray], onnx.ModelProto]  # the network cut to kept counts, its weights not fitted
 Solve = Callable[[list[Limit]], np.ndarray]  # kept counts under limits
@@ -110,7 +111,7 @@ class Timing:
             whole = measure_ratio(self.original, self.original, self.feeds, self.runtime, seconds=1.0).seconds
             self.cost = time_cost(self.analysis, self.kinds, whole)
             choices = timed_choices(self.kinds, choices)
-            fastest = self.cost.fastest(choices)
+            fastest = self._on_known_widths(lambda: self.cost.fastest(choices))
             seen = self._see(fastest)
             self._least = self.cost.total(fastest) / self.cost.whole
             self.reachable = seen.ratio
@@ -122,6 +123,17 @@ class Timing:
                 raise unreachable(self.analysis, self.wanted, self.reachable, where)
             self.goal = seen.ratio
         return list(choices)
+
+    def _on_known_widths(self, find: Callable[[], np.ndarray]) -> np.ndarray:
+        """Kept counts that stand on times that were measured: what they need is, until they need no more."""
+        for _ in range(_SOLVED_AGAIN):
+            counts = find()
+            if not measure_widths(self.kinds, counts, self.watch):
+                return counts
+            trust = self.cost.trust
+            self.cost = time_cost(self.analysis, self.kinds, self.cost.whole)
+            self.cost.trust = trust
+        return find()
 
     def _see(self, counts: np.ndarray) -> Ratio:
         found = measure_ratio(self.original, self.cut(counts), self.feeds, self.runtime)
@@ -142,7 +154,9 @@ class Timing:
         with self.progress.stage("meet the time", _ROUNDS):
             for _ in range(_ROUNDS):
                 trust = self.cost.trust
-                counts = allocate([Limit("latency", self.cost, self.cost.whole / self.goal), *others])
+                counts = self._on_known_widths(
+                    lambda: allocate([Limit("latency", self.cost, self.cost.whole / self.goal), *others])
+                )
                 again = counts.tobytes() in seen
                 found = seen[counts.tobytes()] if again else self._see(counts)
                 seen[counts.tobytes()] = found

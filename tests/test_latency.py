@@ -23,7 +23,7 @@ from onnxprune.cost import Ratio, measure_ratio
 from onnxprune.data import InputSpec
 from onnxprune.deployed import deployed_feeds
 from onnxprune.errors import InputError, UnreachableTarget
-from onnxprune.latency import TimeCost, measure_parts, time_cost, timed_choices
+from onnxprune.latency import TimeCost, measure_parts, measure_widths, time_cost, timed_choices
 from onnxprune.parts import parts_of
 from onnxprune.plan import Plan
 from onnxprune.progress import Progress
@@ -344,6 +344,23 @@ def test_alike_layers_are_measured_once() -> None:
     watch = Pretended(lambda out, inner: out * inner * US)
     kinds = measure_parts(analysis, analysis.nominal, watch, Progress())  # type: ignore[arg-type]
     assert sorted(len(kind.parts) for kind in kinds) == [1, 1, 1, 1, 2, 2]
+
+
+def test_sums_of_widths_are_measured_before_they_are_believed() -> None:
+    """Two groups meet on a side; a width that only a sum of theirs gives, and that runs slowly, was not tried."""
+    g = Builder()
+    x = g.input("x", [1, 3, 6, 6])
+    both = g.Concat(*(g.Relu(g.conv(x, 32, name=f"a{k}")) for k in range(2)), axis=1)
+    analysis = analysed(g.model(g.gemm(g.Flatten(g.GlobalAveragePool(g.Relu(g.conv(both, 8, name="b")))), 4)))[0]
+    watch: Any = Pretended(lambda out, inner: out * inner * US * (5 if inner % 2 and inner > 8 else 1))
+    kinds = measure_parts(analysis, analysis.nominal, watch, Progress())
+    whole = 1000 * US
+    kept = np.array([9 if info.units == 32 else 8 for info in analysis.groups])
+    kept[np.argmax(kept == 9)] = 28
+    believed = time_cost(analysis, kinds, whole)
+    assert measure_widths(kinds, kept, watch)
+    assert not measure_widths(kinds, kept, watch)
+    assert time_cost(analysis, kinds, whole).won(kept) < believed.won(kept) - 8 * 37 * US
 
 
 def test_widths_between_the_steps_are_no_choice() -> None:
