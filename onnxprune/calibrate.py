@@ -155,8 +155,9 @@ class Sweep:
                 behind = self._behind(reader, here)
                 blocks = [b for b in self.blocks if reader in b.outer]
                 known = recall(reader)
-                folds, samples = self._empty(reader), Samples.of(behind, reader, len(self.batches.data), rows)
-                piece = None
+                folds, piece = self._empty(reader), None
+                # a block's fit, which follows, minds the limiter behind it
+                samples = None if blocks else Samples.of(behind, reader, len(self.batches.data), rows)
                 for batch in range(len(original)):
                     now, beside = shelf.get(original[batch]), shelf.get(pruned[batch])
                     piece = piece or self.segments.piece(start, stop, [*ahead, reader.layer.output], now)

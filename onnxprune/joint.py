@@ -32,6 +32,7 @@ from onnxprune.unfold import Unfolding, from_matrices, out_positions
 
 ROUNDS = 2  # times that the pattern is looked at
 STEPS = 6  # of conjugate gradients at most, each round; the first one is also tried by half
+_ROWS_PER_COLUMN = 128  # of those that a preconditioner is made of: it need not be exact
 _DAMPING = 1e-3  # of the Gram matrices, relative to the mean of the diagonal
 
 Arrays = dict[str, np.ndarray]
@@ -228,10 +229,25 @@ def _look(
 
 
 class _Linear:
-    """The block as a linear map of a change of its weights, around a state; and that map's transpose."""
+    """The block as a linear map of a change of its weights, around a state; and that map's transpose.
+
+    Args:
+        net: the block.
+        parts: its layers, the inner ones first.
+        data: what it reads and should give.
+        scales: what the squared error of each outer layer counts.
+        state: where the map is looked at.
+        before: the same around another state: what the inner layers read is the same.
+    """
 
     def __init__(
-        self, net: Network, parts: Sequence[Part], data: BlockData, scales: Sequence[float], state: _State
+        self,
+        net: Network,
+        parts: Sequence[Part],
+        data: BlockData,
+        scales: Sequence[float],
+        state: _State,
+        before: _Linear | None = None,
     ) -> None:
         self.net, self.parts, self.data, self.scales, self.state = net, parts, data, scales, state
         self.inner = len(net.block.inner)
@@ -239,10 +255,10 @@ class _Linear:
         shapes = [y.shape for y in (*state.before, *data.wanted)]
         inputs = [data.held[i.layer.data] for i in net.block.inner] + [state.between] * len(net.block.outer)
         self.positions = [out_positions(p.layer, s) for p, s in zip(parts, shapes, strict=True)]
-        self.rows = [
-            p.unfolding.rows(x, np.arange(int(np.prod(out, dtype=np.int64))), out)
-            for p, x, out in zip(parts, inputs, self.positions, strict=True)
-        ]
+        self.rows: list[np.ndarray] = before.rows[: self.inner] if before else []
+        for k in range(len(self.rows), len(parts)):
+            out = self.positions[k]
+            self.rows.append(parts[k].unfolding.rows(inputs[k], np.arange(int(np.prod(out, dtype=np.int64))), out))
         self.factors = [self._factors(k) for k in range(len(parts))]
 
     def forward(self, change: Vector) -> list[np.ndarray]:
@@ -297,12 +313,13 @@ class _Linear:
         """Groups of a layer that may change: their number, the columns that may, the factor of their Gram matrix."""
         weight = self._weight(k)
         factors = []
+        step = max(len(self.rows[k][0]) // (_ROWS_PER_COLUMN * self.rows[k][0].shape[1]), 1)
         for group, (rows, free) in enumerate(zip(self.rows[k], self.parts[k].free, strict=True)):
             active = np.flatnonzero(free.any(axis=1))
             if not len(active):  # a group of a grouped convolution that went as a whole
                 continue
-            used = rows[:, active]
-            gram = weight * (used.T @ used).astype(np.float64)
+            used = rows[::step, active]
+            gram = step * weight * (used.T @ used).astype(np.float64)
             factors.append((group, active, _factor(gram)))
         return factors
 
@@ -334,12 +351,13 @@ def fit_block(
     weights = [p.weights for p in parts]
     state = _look(net, weights, data, saturations, scales)
     judged = _look(net, weights, held_out, saturations, scales).loss
-    first = judged
+    first, problem = judged, None
     for _ in range(ROUNDS):
         if not np.isfinite(state.loss):
             break
         try:
-            path = _path(_Linear(net, parts, data, scales, state))
+            problem = _Linear(net, parts, data, scales, state, problem)
+            path = _path(problem)
         except np.linalg.LinAlgError:  # activations so large that their squares are no numbers
             break
         # few steps keep the change small where samples are few: how many is for the other samples to say
