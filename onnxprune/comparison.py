@@ -14,7 +14,7 @@ import onnx
 import onnxruntime as ort
 
 from onnxprune.cost import Latency, measure_latency, params
-from onnxprune.counting import count_model_macs
+from onnxprune.counting import count, findings
 from onnxprune.data import Calibration, InputSpec, Preprocessing, load_calibration
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph, read_model
@@ -127,14 +127,21 @@ def compare(
             latencies = measure_latency(sessions, feeds, runtime)
     names = [each.graph.name or "model" if isinstance(each, onnx.ModelProto) else str(each) for each in (a, b)]
     one = calibration.feeds([0])
-    sides = [_side(*each, one) for each in zip(names, (first, second), latencies, strict=True)]
+    found = findings(first, one, runtime)
+    sides = [_side(*each, one, found) for each in zip(names, (first, second), latencies, strict=True)]
     warnings = (*calibration.warnings, *runtime.fallen)
     fed = next((len(array) for array in feeds.values() if array.ndim), 1)
     return Comparison(sides[0], sides[1], fidelity, calibration.source, fed, warnings)
 
 
-def _side(name: str, model: onnx.ModelProto, latency: Latency | None, feeds: Mapping[str, Array]) -> Side:
-    return Side(name, count_model_macs(model, feeds), params(model), size_of(model), latency)
+def _side(
+    name: str,
+    model: onnx.ModelProto,
+    latency: Latency | None,
+    feeds: Mapping[str, Array],
+    found: Mapping[str, Array],
+) -> Side:
+    return Side(name, count(model, feeds, found=found)[0], params(model), size_of(model), latency)
 
 
 def measure_fidelity(

@@ -10,12 +10,14 @@ import onnx
 from onnxprune.analysis import Analysis
 from onnxprune.costs import PeakMemory
 from onnxprune.errors import InputError
-from onnxprune.graph import Graph
+from onnxprune.graph import Graph, Node
 from onnxprune.macs import mac_terms
 from onnxprune.normalise import normalise
 from onnxprune.probe import Shapes, probe, random_feeds, run_probe
-from onnxprune.runtime import Runtime
+from onnxprune.runtime import Runtime, expose
 
+# what they give has as many elements as the values say, and no channel of it is ever cut
+_FINDING = frozenset({"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Unique"})
 _SIZES = ((1, 224, 224, 16), (1, 256, 256, 32), (1, 640, 640, 128))
 
 
@@ -47,16 +49,65 @@ def count_peak_memory(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | N
 
 
 def count(
-    model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None = None, runtime: Runtime | None = None
+    model: onnx.ModelProto,
+    data: Mapping[str, np.ndarray] | None = None,
+    runtime: Runtime | None = None,
+    found: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[int, int]:
-    """Both, from one run of the model; ``runtime`` is one that the model is known to suit."""
-    analysis = _bare(model, data, runtime or Runtime("cpu", 0).suited(model))
+    """Both, from one run of the model.
+
+    Args:
+        model: whose work is counted.
+        data: what it is fed; one random sample where there are none.
+        runtime: one that the model is known to suit.
+        found: what another model found in the data (`findings`), on which this one is then to work.
+    """
+    analysis = _bare(model, data, runtime or Runtime("cpu", 0).suited(model), found or {})
     return round(analysis.macs), round(PeakMemory(analysis).total(np.zeros(0)))
 
 
-def _bare(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None, runtime: Runtime) -> Analysis:
+def findings(model: onnx.ModelProto, data: Mapping[str, np.ndarray], runtime: Runtime) -> dict[str, np.ndarray]:
+    """What the operators give that find as much as the values say (boxes, say), by tensor.
+
+    A model that finds more works more. Two models are compared fairly only where both work on the same findings.
+    """
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    if not any(node.op_type in _FINDING for node in nodes):
+        return {}
+    graph = Graph(normalise(Graph(model), runtime)[0])
+    names = [name for node in graph.nodes if _finds(node) for name in node.outputs if name]
+    values = runtime.session(expose(graph.model, names), optimise=False).run(names, dict(data))
+    return {name: value for name, value in zip(names, values, strict=True) if isinstance(value, np.ndarray)}
+
+
+def _finds(node: Node) -> bool:
+    return not node.domain and node.op in _FINDING
+
+
+def _given(graph: Graph, found: Mapping[str, np.ndarray]) -> Graph:
+    """The graph with inputs in place of what its operators would find."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    gone = [node for node in graph.nodes if _finds(node) and all(name in found for name in node.outputs if name)]
+    for node in reversed(gone):
+        del model.graph.node[node.index]
+        for name in filter(None, node.outputs):
+            kind = onnx.helper.np_dtype_to_tensor_dtype(found[name].dtype)
+            model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, found[name].shape))
+    return Graph(model, graph.folder)
+
+
+def _bare(
+    model: onnx.ModelProto,
+    data: Mapping[str, np.ndarray] | None,
+    runtime: Runtime,
+    found: Mapping[str, np.ndarray],
+) -> Analysis:
     """The model as it stands, without groups."""
     graph = Graph(normalise(Graph(model), runtime)[0])
+    if data is not None and found:
+        graph = _given(graph, found)
+        data = {**data, **{spec.name: found[spec.name] for spec in graph.inputs if spec.name in found}}
     shapes = nominal_shapes(graph, runtime, data)
     terms = tuple(term for node in graph.nodes for term in mac_terms(node, shapes))
     return Analysis(graph, shapes, (), (), (), terms, (), shapes)

@@ -645,7 +645,8 @@ def couple(
     weight = np.zeros(positions.total)
     for axis, macs in weights.items():
         start, size = positions.offset[axis], positions.size[axis]
-        weight[start : start + size] += macs / size
+        if size:  # else nothing was found there when the model was probed
+            weight[start : start + size] += macs / size
     label, frozen = _Solver(builder, weight).run()
     return Coupling(
         tuple(_group(positions, label, frozen, weight)),

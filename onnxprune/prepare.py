@@ -246,10 +246,14 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
 
 
 def measures(
-    model: onnx.ModelProto, batch: Mapping[str, np.ndarray], runtime: Runtime, latency: Latency | None = None
+    model: onnx.ModelProto,
+    batch: Mapping[str, np.ndarray],
+    runtime: Runtime,
+    latency: Latency | None = None,
+    found: Mapping[str, np.ndarray] | None = None,
 ) -> Measures:
-    """What a model costs on a batch."""
-    macs, memory = count(model, batch, dataclasses.replace(runtime, provider="cpu"))
+    """What a model costs on a batch; where ``found`` is given, on what another model found in it."""
+    macs, memory = count(model, batch, dataclasses.replace(runtime, provider="cpu"), found)
     return Measures(macs, params(model), size_of(model), latency, memory)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from builder import Builder
+from builder import RUNTIME, Builder
 from onnx import parser
 
-from onnxprune.api import prune
-from onnxprune.counting import count_model_macs
+from onnxprune.api import compare, prune
+from onnxprune.counting import count, count_model_macs, findings
 
 
 def conv_then_tokens() -> onnx.ModelProto:
@@ -42,3 +42,39 @@ def test_functions_are_counted_as_what_they_stand_for() -> None:
         ).replace("{0}", "{" + "0," * 63 + "0}", 1)
     )
     assert count_model_macs(model, {"x": np.zeros((1, 8), np.float32)}) == 8 * 16 + 16 * 4
+
+
+def detector(above: float = 0.0) -> onnx.ModelProto:
+    """What lies above the mean is looked at by two more layers: how much that is goes by the weights before."""
+    g = Builder()
+    x = g.Relu(g.conv(g.input("x", [1, 3, 12, 12]), 16))
+    x = g.Relu(g.conv(x, 12))
+    score = g.Reshape(g.conv(x, 1, 1), g.const([-1]))
+    places = g.Reshape(
+        g.node("NonZero", g.Greater(g.Sub(score, g.ReduceMean(score)), g.const(above)), name="found"), g.const([-1])
+    )
+    rows = g.Gather(g.Reshape(g.Transpose(x, perm=[0, 2, 3, 1]), g.const([144, 12])), places, axis=0)
+    inner = g.Relu(g.Add(g.MatMul(rows, g.weight(12, 300)), g.weight(300)))
+    return g.model(g.MatMul(inner, g.weight(300, 4)), places)
+
+
+def test_a_cut_model_that_finds_more_or_less_is_counted_on_what_the_original_found() -> None:
+    model = detector(above=0.1)
+    data = np.random.default_rng(1).standard_normal((1, 3, 12, 12)).astype(np.float32)
+    result = prune(model, speedup=1.5, data=data, select="random", reconstruct=False, threads=1)
+    feeds = {"x": data}
+    found = findings(model, feeds, RUNTIME)
+    assert set(found) == {"found"} and 10 < found["found"].size < 134
+    assert findings(result.model, feeds, RUNTIME)["found"].size != found["found"].size
+    counted = count(result.model, feeds, RUNTIME, found)[0]
+    assert counted != count_model_macs(result.model, feeds)
+    assert result.report.before.macs == count_model_macs(model, feeds) == count(model, feeds, RUNTIME, found)[0]
+    assert result.report.after.macs == counted
+    assert 1.5 <= result.report.achieved.macs <= 1.5 * 1.05
+    sides = compare(model, result.model, data=data, threads=1)
+    assert (sides.a.macs, sides.b.macs) == (result.report.before.macs, counted)
+
+
+def test_a_detector_that_finds_nothing_is_pruned_as_well() -> None:
+    result = prune(detector(above=1e9), speedup=1.5, threads=1, reconstruct=False, select="l1")
+    assert result.report.achieved.macs >= 1.5
