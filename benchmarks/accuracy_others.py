@@ -186,8 +186,17 @@ def network(path: Path) -> Any:
     return net
 
 
-def by_torch_pruning(case: Case, wanted: float) -> Iterator[tuple[str, Made]]:
-    """Method names, and what makes the models, each as it is and with BatchNormalization recalibrated."""
+def by_torch_pruning(
+    case: Case, wanted: float, multiple: int | None = None, ratio: Callable[[onnx.ModelProto], float] | None = None
+) -> Iterator[tuple[str, Made]]:
+    """Method names, and what makes the models, each as it is and with BatchNormalization recalibrated.
+
+    Args:
+        case: the network.
+        wanted: the speed-up, in MACs unless ``ratio`` says what that of a model is.
+        multiple: what widths are rounded to.
+        ratio: of an exported model.
+    """
     import torch
     import torch_pruning as tp
     from torch.nn import functional
@@ -229,11 +238,19 @@ def by_torch_pruning(case: Case, wanted: float) -> Iterator[tuple[str, Made]]:
             for name, parameter in net.named_parameters():
                 parameter.grad = found[name].clone()
         tp.pruner.BasePruner(
-            net, example, importance=judge, pruning_ratio=share, global_pruning=everywhere, ignored_layers=ignored
+            net,
+            example,
+            importance=judge,
+            pruning_ratio=share,
+            global_pruning=everywhere,
+            ignored_layers=ignored,
+            round_to=multiple,
         ).step()
         return net
 
     def speedup(net: Any) -> float:
+        if ratio is not None:
+            return ratio(exported(net))
         return tp.utils.count_ops_and_params(base, example)[0] / tp.utils.count_ops_and_params(net, example)[0]
 
     def exported(net: Any) -> onnx.ModelProto:

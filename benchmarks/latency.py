@@ -5,7 +5,8 @@
 promise: every network at 1.5x and 2x, with one thread and two, batch 1 and 8: what was asked for, and the ratio of the
 finished file to the original, measured in turns, with its 95 % interval. The widths are chosen by measured damage on a
 few samples and the weights are only cut (--no-reconstruct), which does not change the time.
-curves: accuracy over measured time where the budget is spent on MACs and where it is spent on time.
+curves: accuracy where the budget is spent on time, and where it is spent on MACs, with the least speed-up in MACs whose
+models take no longer.
 second: the finished models on a second runtime, OpenVINO, where it is installed: its outputs against onnxruntime's.
 browser: the finished models and their originals in headless Chromium, by onnxruntime-web's WebAssembly on one thread,
 where `--web` names the node_modules of a folder in which `npm install onnxruntime-web` ran and a browser is installed.
@@ -35,7 +36,7 @@ from latency_browser import in_browser, missing
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.cli import main as command
-from onnxprune.cost import measure_ratio
+from onnxprune.cost import Ratio, measure_ratio
 from onnxprune.graph import read_model
 from onnxprune.runtime import Runtime
 
@@ -144,11 +145,12 @@ def networks(shared: Path, folder: Path) -> list[Case]:
 def prune(case: Case, output: Path, *options: object) -> dict[str, Any] | None:
     """The command line; its report, or None where it says that the ratio cannot be reached."""
     report = output.with_suffix(".json")
+    output.parent.mkdir(exist_ok=True)
     given = [*case.options, "--quiet", "--force", "-o", output, "--report", report, *options]
     status = command([str(case.model), *map(str, given)])
     if status not in (0, 3):
         raise SystemExit(status)
-    return json.loads(report.read_text()) if status == 0 else None
+    return json.loads(report.read_text()) if status == 0 and report.is_file() else None
 
 
 def promise(case: Case, speedup: float, threads: int, batch: int, samples: int, folder: Path) -> dict[str, Any]:
@@ -170,20 +172,44 @@ def promise(case: Case, speedup: float, threads: int, batch: int, samples: int, 
     }
 
 
-def curve(case: Case, speedup: float, by: str, threads: int, samples: int, folder: Path) -> dict[str, Any]:
+def curve(
+    case: Case, speedup: float, by: str, threads: int, samples: int, folder: Path, asked: float | None = None
+) -> dict[str, Any]:
     """One point: accuracy, and the time of the finished model against the original's, measured in turns."""
     path = folder / f"{case.name}-{by}-{speedup:g}.onnx"
     options = ("--speedup", speedup, "--by", by, "--threads", threads, "--samples", samples)
-    row = {"network": case.name, "by": by, "asked": speedup, "threads": threads, "samples": samples}
+    row = {"network": case.name, "by": by, "asked": asked or speedup, "threads": threads, "samples": samples}
     report = prune(case, path, *options)
     if report is None:
         return row | {"ratio": "cannot be reached"}
+    return row | seen(case, path, threads) | {"macs": report["achieved"]["macs"]}
+
+
+def seen(case: Case, path: Path, threads: int) -> dict[str, Any]:
+    """Measured ratio and accuracy of a finished model."""
     after, count = accuracy(path, case.test())
-    models = [read_model(p) for p in (case.model, path)]
-    name, x = sample(models[0])
-    seen = measure_ratio(models[0], models[1], {name: x}, Runtime("cpu", threads), seconds=8.0)
-    row |= {"ratio": seen.ratio, "low": seen.low, "high": seen.high, "clock": seen.clock}
-    return row | {"macs": report["achieved"]["macs"], "accuracy": f"{100 * after:.2f} %", "images": count}
+    found = measured(case, read_model(path), threads, 8.0)
+    row = {"ratio": found.ratio, "low": found.low, "high": found.high, "clock": found.clock}
+    return row | {"accuracy": f"{100 * after:.2f} %", "images": count}
+
+
+def measured(case: Case, model: onnx.ModelProto, threads: int, seconds: float) -> Ratio:
+    """How many times less than the original's the time of a model is, on one image."""
+    name, x = sample(model)
+    return measure_ratio(read_model(case.model), model, {name: x}, Runtime("cpu", threads), seconds=seconds)
+
+
+def macs_for(case: Case, ratio: float, threads: int, samples: int, folder: Path) -> float | None:
+    """The least of some speed-ups in MACs with which the model, only cut, reaches a measured ratio."""
+    cuts = folder / "cuts"
+    grid = [round(1.1 * 1.12**k, 2) for k in range(18)]
+    asked = ("--speedup", ",".join(map(str, grid)), "--best-effort")
+    prune(case, cuts / "{speedup}.onnx", *asked, "--samples", samples, "--threads", threads, "--no-reconstruct")
+    for speedup in grid:
+        path = cuts / f"{speedup:g}.onnx"
+        if path.is_file() and measured(case, read_model(path), threads, 2.0).ratio >= ratio:
+            return speedup
+    return None
 
 
 def sample(model: onnx.ModelProto) -> tuple[str, np.ndarray]:
@@ -254,6 +280,22 @@ def text(found: dict[str, Rows]) -> str:
     return "\n".join(lines)
 
 
+class Tables:
+    """All that was measured, in latency.json and latency.md; rows of other runs stay."""
+
+    def __init__(self) -> None:
+        self.store = HERE / "latency.json"
+        self.found: dict[str, Rows] = json.loads(self.store.read_text()) if self.store.is_file() else {}
+
+    def note(self, part: str, key: str, row: dict[str, Any]) -> None:
+        """A row, with the machine, written at once."""
+        where = {"machine": f"{_processor()}, {os.cpu_count()} cores", "onnxruntime": ort.__version__}
+        self.found.setdefault(part, {})[key] = row | where | {"date": str(datetime.date.today())}
+        print(part, json.dumps(row), flush=True)
+        self.store.write_text(json.dumps(self.found, indent=1) + "\n")
+        (HERE / "latency.md").write_text(text(self.found))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", default="promise,curves,second,browser")
@@ -267,20 +309,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the finished models")
     parser.add_argument("--web", type=Path, help="node_modules with onnxruntime-web")
     options = parser.parse_args()
-    store = HERE / "latency.json"
-    found: dict[str, Rows] = json.loads(store.read_text()) if store.is_file() else {}
-    where = {
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
-        "onnxruntime": ort.__version__,
-        "date": str(datetime.date.today()),
-    }
-
-    def note(part: str, key: str, row: dict[str, Any]) -> None:
-        found.setdefault(part, {})[key] = row | where
-        print(part, json.dumps(row), flush=True)
-        store.write_text(json.dumps(found, indent=1) + "\n")
-        (HERE / "latency.md").write_text(text(found))
-
+    note = Tables().note
     parts, nets = options.part.split(","), options.nets.split(",")
     speedups = [float(x) for x in options.speedups.split(",")]
     threads = [int(x) for x in options.threads.split(",")]
@@ -297,9 +326,14 @@ def main() -> None:
                             note("promise", f"{case.name} {speedup:g}x {count} threads batch {batch}", row)
             if "curves" in parts and len(case.test()[1]):
                 for speedup in speedups:
-                    for by in ("latency", "macs"):
-                        row = curve(case, speedup, by, threads[0], options.curve_samples, folder)
-                        note("curves", f"{case.name} {by} {speedup:g}x", row)
+                    row = curve(case, speedup, "latency", threads[0], options.curve_samples, folder)
+                    note("curves", f"{case.name} latency {speedup:g}x", row)
+                    if not isinstance(row["ratio"], float):
+                        continue
+                    equal = macs_for(case, row["ratio"], threads[0], options.curve_samples, Path(temporary))
+                    if equal is not None:
+                        row = curve(case, equal, "macs", threads[0], options.curve_samples, folder, speedup)
+                        note("curves", f"{case.name} macs for {speedup:g}x", row)
         if "browser" in parts and missing(options.web):
             print(f"nothing in a browser: {missing(options.web)}")
             parts.remove("browser")

@@ -93,16 +93,17 @@ class TimeCost(Cost):
             self.slope[k, : len(part.sides)] = part.slope
         self.touching = [np.flatnonzero(self.slope[:, :, g].any(axis=1)) for g in range(groups)]
         self.whole = whole
-        self.all_parts = float(self._of_parts(np.array([g.units for g in analysis.groups])).sum())
+        self.all_parts = float(self.of_parts(np.array([g.units for g in analysis.groups])).sum())
         # the parts cannot take longer than the whole
         self.trust = min(1.0, whole / self.all_parts) if self.all_parts > 0 else 1.0
 
-    def _of_parts(self, kept: np.ndarray) -> np.ndarray:
+    def of_parts(self, kept: np.ndarray) -> np.ndarray:
+        """Seconds of every part alone, (parts,)."""
         return self.surfaces.at(self.base + self.slope @ kept)
 
     def won(self, kept: np.ndarray) -> float:
         """Seconds that the parts win alone."""
-        return self.all_parts - float(self._of_parts(kept).sum())
+        return self.all_parts - float(self.of_parts(kept).sum())
 
     def total(self, kept: np.ndarray) -> float:
         """Seconds for these kept counts."""

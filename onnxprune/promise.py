@@ -21,6 +21,7 @@ from onnxprune.targets import Limit, Wanted, unreachable
 MISSED = 0.05  # relative: a ratio further off is solved again
 _CLOSE = 0.015  # relative: as near as rounds try to come
 _ROUNDS = 10
+_NAMED = 5  # of the places where time stays
 _SOLVED_AGAIN = 6  # on a table with more widths, at most
 
 Cut = Callable[[np.ndarray], onnx.ModelProto]  # the network cut to kept counts, its weights not fitted
@@ -48,7 +49,8 @@ class TimedKind:
 class LatencyEntry:
     """The promise about time: the ratio on the finished files with its interval, and how it was come to.
 
-    ``fixed`` is the share of the original's time that no width changes; ``reachable`` the largest ratio measured.
+    ``fixed`` is the share of the original's time that no width changes, ``stays`` where most of it is, in shares too;
+    ``reachable`` is the largest ratio measured.
     """
 
     measured: Ratio
@@ -57,6 +59,7 @@ class LatencyEntry:
     shapes: Mapping[str, tuple[int, ...]]
     rounds: tuple[Step, ...]
     fixed: float
+    stays: Mapping[str, float]
     reachable: float
     table: tuple[TimedKind, ...]
     models_measured: int
@@ -94,6 +97,8 @@ class Timing:
     _measured: Ratio = field(init=False)
     _least: float = field(default=1.0, init=False)  # share of the time that is left where it is shortest
 
+    _stays: dict[str, float] = field(default_factory=dict, init=False)
+
     def __post_init__(self) -> None:
         self.goal = self.wanted.speedup
 
@@ -114,15 +119,27 @@ class Timing:
             fastest = self._on_known_widths(lambda: self.cost.fastest(choices))
             seen = self._see(fastest)
             self._least = self.cost.total(fastest) / self.cost.whole
+            self._stays = self._where_time_stays(fastest)
             self.reachable = seen.ratio
         if seen.high < self.wanted.speedup * (1 - MISSED):
             if not best_effort or seen.high <= 1.0:
                 where = (
-                    f" (measured on {self.runtime.provider}; {self._least:.0%} of the time does not follow the widths)"
+                    f" (measured on {self.runtime.provider}; {self._least:.0%} of the time does not follow the widths,"
+                    f" most of it at {next(iter(self._stays))})"
                 )
                 raise unreachable(self.analysis, self.wanted, self.reachable, where)
             self.goal = seen.ratio
         return list(choices)
+
+    def _where_time_stays(self, fastest: np.ndarray) -> dict[str, float]:
+        """What takes the most time where the network is fastest, largest first, in shares of the original's time."""
+        seconds, found = iter(self.cost.of_parts(fastest).tolist()), {}
+        for kind in self.kinds:
+            alike = f" and {len(kind.parts) - 1} alike" if len(kind.parts) > 1 else ""
+            found[f"{kind.first.name}{alike}"] = sum(next(seconds) for _ in kind.parts)
+        found["nodes that no width touches"] = max(self.cost.whole - self.cost.all_parts, 0.0)
+        order = sorted(found, key=lambda name: -found[name])
+        return {name: found[name] / self.cost.whole for name in order[:_NAMED]}
 
     def _on_known_widths(self, find: Callable[[], np.ndarray]) -> np.ndarray:
         """Kept counts that stand on times that were measured: what they need is, until they need no more."""
@@ -199,6 +216,7 @@ class Timing:
             {name: tuple(array.shape) for name, array in self.feeds.items()},
             tuple(self.steps),
             self._least,
+            self._stays,
             max(self.reachable, measured.ratio),
             table,
             self.watch.measured,
