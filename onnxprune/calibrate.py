@@ -97,6 +97,7 @@ class Sweep:
         arrays: stored tensors that are changed from the start.
         blocks: to stop at as well, behind their last reader.
         room: what all this may take.
+        limiters: whether samples are kept for a fit to what comes out of the limiter behind a reader.
     """
 
     def __init__(
@@ -108,10 +109,12 @@ class Sweep:
         arrays: Arrays,
         blocks: Sequence[Block] = (),
         room: Room | None = None,
+        limiters: bool = True,
     ) -> None:
         self.graph = analysis.graph
         self.room = room or Room.of(None, 0)
         self.used_files = False
+        self.limiters = limiters
         self.analysis = analysis
         self.batches = batches
         self.arrays = dict(arrays)
@@ -157,7 +160,8 @@ class Sweep:
                 known = recall(reader)
                 folds, piece = self._empty(reader), None
                 # a block's fit, which follows, minds the limiter behind it
-                samples = None if blocks else Samples.of(behind, reader, len(self.batches.data), rows)
+                alone = self.limiters and not blocks
+                samples = Samples.of(behind, reader, len(self.batches.data), rows) if alone else None
                 for batch in range(len(original)):
                     now, beside = shelf.get(original[batch]), shelf.get(pruned[batch])
                     piece = piece or self.segments.piece(start, stop, [*ahead, reader.layer.output], now)

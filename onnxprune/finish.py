@@ -172,6 +172,7 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
             "select": settings.select,
             "budget": settings.budget,
             "reconstruct": settings.reconstruct,
+            "quick": settings.quick,
             "only": settings.only,
             "exclude": settings.exclude,
             "multiple": settings.multiple,

@@ -120,7 +120,10 @@ with_data = click.option(
 )
 with_sampling = _options(
     click.option(
-        "--samples", type=click.IntRange(min=1), metavar="N", help="Use at most N samples of the data (default 5000)."
+        "--samples",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Use at most N samples of the data (default 5000, with --quick 2000).",
     ),
     click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples fed to the model at once."),
     click.option(

@@ -59,6 +59,7 @@ class Chooser:
     batch: int | None = None
     memory: int | None = None
     dask: str | None = None
+    quick: bool = False  # every layer is fitted once, from sums
     readers: tuple[Reader, ...] = ()
     statistics: dict[int, list[Statistics]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
@@ -225,9 +226,9 @@ class Chooser:
         for group in pending:
             del self.kept[group]
         cut = [r for r in self.readers if not r.columns or self._is_cut(r, counts)]
-        blocks = find_blocks(self.analysis, self.readers)
+        blocks = () if self.quick else find_blocks(self.analysis, self.readers)
         batches = self._batches(self._enough(cut), cut, sorted({r.layer.data for r in cut}))
-        runner = Sweep(self.analysis, cut, batches, self.runtime, arrays, blocks, self.room)
+        runner = Sweep(self.analysis, cut, batches, self.runtime, arrays, blocks, self.room, limiters=not self.quick)
         steps = Steps(self, counts, pending)
 
         def fit_reader(reader: Reader, folds: list[list[Statistics]], samples: Samples | None) -> Arrays:

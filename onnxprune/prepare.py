@@ -42,7 +42,6 @@ from onnxprune.settings import Settings
 from onnxprune.targets import counted_costs, widths
 from onnxprune.tensors import digest, size_of
 
-DEFAULT_SAMPLES = 5000
 _SAMPLING = {"macs", "params"}  # costs to which a sampler adds nothing
 _HELD_OUT_SHARE = 0.1
 _FEWEST_TO_SPLIT = 10
@@ -169,7 +168,7 @@ class Prepared:
             "data": dataclasses.asdict(self.data),
             "warnings": list(self.calibration.warnings),
             "sizes": {name: array.shape for name, array in self.calibration.feeds([0]).items()},
-            "samples": settings.samples or DEFAULT_SAMPLES,
+            "samples": settings.sample_count,
             "seed": settings.seed,
             "preprocessing": dataclasses.asdict(preprocessing),
             "versions": versions(),
@@ -224,7 +223,7 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
     analysis = network.analysis
     sample = calibration.feeds([0])
     how = (settings.select, settings.budget, settings.seed, settings.batch_size, settings.memory, settings.dask)
-    chooser = Chooser(analysis, fit_data, runtime, progress, *how)
+    chooser = Chooser(analysis, fit_data, runtime, progress, *how, quick=settings.quick)
     return Prepared(
         settings,
         original,
@@ -291,7 +290,7 @@ def _load(graph: Graph, path: Path | None, settings: Settings, runtime: Runtime,
         settings.data,
         graph.inputs,
         model_path=path,
-        samples=settings.samples or DEFAULT_SAMPLES,
+        samples=settings.sample_count,
         seed=settings.seed,
         preprocessing=settings.preprocessing or Preprocessing(),
     )

@@ -12,6 +12,8 @@ from onnxprune.images import Preprocessing
 from onnxprune.selection import FROM_ACTIVATIONS, METHODS
 from onnxprune.targets import multiple_of
 
+_SAMPLES, _QUICK_SAMPLES = 5000, 2000
+
 
 @dataclass(frozen=True, eq=False)
 class Settings:
@@ -40,6 +42,7 @@ class Settings:
     select: str = "greedy"
     budget: str = "auto"
     reconstruct: bool = True
+    quick: bool = False
     only: str | None = None
     exclude: str | None = None
     samplers: bool = True
@@ -56,7 +59,15 @@ class Settings:
         for name, value in (("samples", self.samples), ("batch size", self.batch_size)):
             if value is not None and value < 1:
                 raise InputError(f"expected a number of {name} of at least 1, found {value}")
+        if self.quick and (self.stats is not None or not self.reconstruct):
+            other = "kept statistics" if self.stats is not None else "no reconstruction"
+            raise InputError(f"expected quick or {other}, found both: there is nothing left to be quick about")
         multiple_of(self.round_to, self.target)
+
+    @property
+    def sample_count(self) -> int:
+        """How many samples are used at most."""
+        return self.samples or (_QUICK_SAMPLES if self.quick else _SAMPLES)
 
     @property
     def most(self) -> dict[str, float]:

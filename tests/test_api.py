@@ -17,6 +17,7 @@ from builder import RUNTIME, Builder, analysed, run, shapes_of
 from onnx import numpy_helper
 
 import onnxprune
+from onnxprune import pipeline
 from onnxprune.api import Result, analyze, count_model_macs, prune, prune_family
 from onnxprune.cost import params
 from onnxprune.data import load_calibration
@@ -87,6 +88,25 @@ def test_reconstruction_is_what_keeps_the_accuracy() -> None:
     """Measured with greedy selection: 99.5 % with it, 15 % without."""
     without = pruned("digits_cnn", select="greedy", samples=FEW, reconstruct=False)
     assert accuracy(pruned("digits_cnn").model, "digits_cnn") > accuracy(without.model, "digits_cnn") + 0.3
+
+
+def test_a_quick_run_fits_every_layer_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured with 40 samples: 96 %; with layers fitted together, 98 %."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("called")
+
+    monkeypatch.setattr(pipeline, "fit_block", never)
+    monkeypatch.setattr(pipeline, "refine", never)
+    result = pruned("digits_resnet", select="greedy", samples=FEW, quick=True)
+    assert accuracy(result.model, "digits_resnet") > 0.85
+    assert result.report.options["quick"] is True
+
+
+@pytest.mark.parametrize("other", [{"reconstruct": False}, {"stats": "stats.npz"}], ids=str)
+def test_quick_is_refused_where_it_changes_nothing(other: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="nothing left to be quick about"):
+        prune(original("digits_cnn"), quick=True, **other)
 
 
 @pytest.mark.parametrize("select", ["greedy", "lasso", "l1", "random"])
