@@ -123,6 +123,9 @@ class Graph:
                 found.update(set(node.outputs) & self.computed_from_constants)
             elif node.op == "DequantizeLinear" and node.inputs[0] in self.computed_from_constants:
                 point = node.inputs[2] if len(node.inputs) > 2 else ""
+                maker = self.producer.get(node.inputs[0])
+                if maker is not None and maker.op == "QuantizeLinear":  # which makes a zero what is read as one
+                    continue
                 if point and not (self.is_stored(point) and not np.any(self.array(point))):
                     found.update(node.outputs)
         return frozenset(found)

@@ -13,7 +13,8 @@ from onnxprune.rules.base import row_for
 AxisId = tuple[str, int]
 Operand = tuple[BoundAxis, ...]
 
-_MOVING = frozenset({"Transpose", "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten"})
+# what a stored zero passes as a zero: as it is, or as the number that is read as one
+_MOVING = frozenset({"Transpose", "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "QuantizeLinear"})
 FITTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # as matrix products, see `onnxprune.unfold`
 
 

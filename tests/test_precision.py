@@ -253,3 +253,19 @@ def test_products_of_activations_are_cut_only_where_a_bias_can_be_silenced() -> 
         q, k = (g.Add(y, _offset(g, 8) if offset else g.weight(8)) for y in (q, k))
         analysis = analysed(g.model(g.MatMul(q, g.Transpose(k, perm=[0, 2, 1]))))[0]
         assert len(analysis.groups) == (0 if offset else 1)
+
+
+@pytest.mark.parametrize("point", [0, 117])
+def test_weights_that_the_graph_quantises_itself(point: int) -> None:
+    """As training with simulated quantisation leaves them: a number, rounded to eight bits and back."""
+
+    def rounded(g: Builder, *shape: int) -> str:
+        how = (g.const(0.02), g.const(point, dtype=np.uint8))
+        return g.DequantizeLinear(g.QuantizeLinear(g.Transpose(g.weight(*shape)), *how), *how)
+
+    g = Builder()
+    x = g.Gelu(g.Add(g.MatMul(g.input("x", [2, 5, 6]), rounded(g, 12, 6)), g.weight(12)), domain="com.microsoft")
+    model = g.model(g.MatMul(g.Sigmoid(x), rounded(g, 4, 12)))
+    _, analysis, _, proof = pruned(model)
+    assert [info.units for info in analysis.groups] == [12]
+    assert proof.max_relative_difference < 1e-6
