@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from builder import RUNTIME, Builder, analysed, random_plan, run
-from test_rules import Call, take
+from law import Call, take
 
 from onnxprune import InternalError
 from onnxprune.api import analyze, prune
