@@ -283,17 +283,21 @@ def text(found: dict[str, Rows]) -> str:
 class Tables:
     """All that was measured, in latency.json and latency.md; rows of other runs stay."""
 
-    def __init__(self) -> None:
-        self.store = HERE / "latency.json"
-        self.found: dict[str, Rows] = json.loads(self.store.read_text()) if self.store.is_file() else {}
+    store = HERE / "latency.json"
+
+    @property
+    def found(self) -> dict[str, Rows]:
+        """All rows by part, as they are on disk."""
+        return json.loads(self.store.read_text()) if self.store.is_file() else {}
 
     def note(self, part: str, key: str, row: dict[str, Any]) -> None:
         """A row, with the machine, written at once."""
         where = {"machine": f"{_processor()}, {os.cpu_count()} cores", "onnxruntime": ort.__version__}
-        self.found.setdefault(part, {})[key] = row | where | {"date": str(datetime.date.today())}
+        found = self.found
+        found.setdefault(part, {})[key] = row | where | {"date": str(datetime.date.today())}
         print(part, json.dumps(row), flush=True)
-        self.store.write_text(json.dumps(self.found, indent=1) + "\n")
-        (HERE / "latency.md").write_text(text(self.found))
+        self.store.write_text(json.dumps(found, indent=1) + "\n")
+        (HERE / "latency.md").write_text(text(found))
 
 
 def main() -> None:
