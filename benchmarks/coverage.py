@@ -155,7 +155,9 @@ def main() -> None:
         row = rows.get(path.stem, {})
         again = options.again.split(",")
         own = not row or verdict(row) in again
-        fitted = options.fit and ("fit" not in row or ("crash" in again and "error" in row["fit"]))
+        fitted = (
+            options.fit and "refused" not in row and ("fit" not in row or ("crash" in again and "error" in row["fit"]))
+        )
         others = options.others and not set(row) & set(OTHER_NAMES)
         if not re.search(options.only, path.stem) or not (own or fitted or others):
             continue

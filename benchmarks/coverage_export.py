@@ -1,10 +1,10 @@
 """Export architectures with random weights through PyTorch's two exporters, for `coverage.py`.
 
-    python benchmarks/coverage_export.py FOLDER [--only REGEX] [--all]
+    python benchmarks/coverage_export.py FOLDER [--only REGEX] [--all] [--opset N]
 
 Needs torch, torchvision, timm, transformers and onnxscript; nothing else of the project does. Two files per
-architecture (`--all`: four); a file that exists is kept. What an exporter refuses leaves a `.failed` file with its
-words.
+architecture (`--all`: four; `--opset`: one, by the older exporter); a file that exists is kept. What an exporter
+refuses leaves a `.failed` file with its words.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def export(name: str, exporter: str, dynamic: bool, path: Path) -> None:
                 options["dynamic_axes"]["output"] = axes
         if exporter.endswith("kept"):
             options["training"] = torch.onnx.TrainingMode.PRESERVE
-        torch.onnx.export(model, inputs, str(path), dynamo=False, opset_version=17, **options)
+        opset = int(exporter.rpartition("-")[2]) if exporter[-1].isdigit() else 17
+        torch.onnx.export(model, inputs, str(path), dynamo=False, opset_version=opset, **options)
         return
     if dynamic:
         dims = {axis: torch.export.Dim(n, min=low, max=high) for axis, n in axes.items()}
@@ -80,14 +81,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--all", action="store_true", help="every variant of every architecture, not two of each")
+    parser.add_argument("--opset", type=int)
     parser.add_argument("--largest", type=float, default=240.0, help="MB; larger files are not kept")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for which, (exporter, batch) in enumerate(VARIANTS):
+    variants = ((f"torchscript-{options.opset}", "dynamic"),) if options.opset else VARIANTS
+    for which, (exporter, batch) in enumerate(variants):
         for turn, name in enumerate(MODELS):
             # the first variant, and one of the others in turn
-            if not re.search(options.only, name) or not (options.all or which in (0, 1 + turn % (len(VARIANTS) - 1))):
+            if not re.search(options.only, name) or not (
+                options.all or which in (0, 1 + turn % max(len(variants) - 1, 1))
+            ):
                 continue
             path = options.folder / f"{name.replace('/', '__')}__{exporter}__{batch}.onnx"
             if path.exists() or path.with_suffix(".failed").exists():

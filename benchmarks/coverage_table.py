@@ -27,6 +27,11 @@ def verdict(row: dict[str, Any]) -> str:
     return "pruned" if row["speedup"] > 1.001 or row.get("removed") else "unchanged"
 
 
+def _word(said: str) -> str:
+    """Of what another pruner did: what it was stopped for is told apart from where it failed."""
+    return "late" if LATE in said else said.split(":")[0]
+
+
 def _fit_cells(row: dict[str, Any]) -> list[str]:
     """How far the outputs of the fitted network went, and its seconds; what went wrong, where something did."""
     found = row.get("fit", {})
@@ -85,8 +90,8 @@ def markdown(rows: list[dict[str, Any]], machine: str, refused: dict[str, str], 
     ]
     others = [key for key in OTHER_NAMES if any(key in row for row in rows)]
     for key in others:
-        said = [str(row[key]).split(":")[0] for row in rows if key in row]
-        words = [f"{w} {said.count(w)}" for w in ("pruned", "approximate", "unchanged", "failed") if w in said]
+        said = [_word(row[key]) for row in rows if key in row]
+        words = [f"{w} {said.count(w)}" for w in ("pruned", "approximate", "unchanged", "failed", "late") if w in said]
         lines += [f"Beside it, {OTHER_NAMES[key]}: {', '.join(words)}, of {len(said)}.", ""]
     fitted = any("fit" in row for row in rows)
     if fitted:
@@ -109,7 +114,7 @@ def markdown(rows: list[dict[str, Any]], machine: str, refused: dict[str, str], 
             why = _held_by(row["frozen"]) if row["prunable"] < 0.9 else ""
             if verdict(row) == "wrong":
                 why = f"**wrong**: {row['judged']}"
-        cells += [*(_fit_cells(row) if fitted else []), *(str(row.get(k, "")).split(":")[0] for k in others), why]
+        cells += [*(_fit_cells(row) if fitted else []), *(_word(row.get(k, "")) for k in others), why]
         lines.append(f"| {' | '.join(str(c).replace('|', '/') for c in cells)} |")
     if refused:
         lines += ["", f"Not exported ({len(refused)}; not counted above):", ""]
