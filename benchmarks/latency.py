@@ -259,9 +259,10 @@ def browser(original: Path, pruned: Path, modules: Path) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------------------------- tables
 
-_MISSING = """Not measured yet: two threads and batch 8 (the machine was shared), SqueezeNet, the accuracy of ResNet-56
-and SqueezeNet over time, other pruners at the same time, and a GPU. The second runtime's and the browser's times are
-lower quartiles of a busy machine; the outputs are what counts there. Models called `-cut` are not fitted."""
+_MISSING = """Not measured yet: two threads (the machine was never quiet, and their clock is the wall's) and a GPU (none
+was at hand). One thread's clock is its own processor time. The second runtime's and the browser's times are lower
+quartiles of a busy machine; the outputs are what counts there. Models called `-cut` are not fitted. In the curves every
+row with the same `asked` is to take the same measured time: `macs` is the least speed-up in MACs that is as fast."""
 
 
 def text(found: dict[str, Rows]) -> str:
