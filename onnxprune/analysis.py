@@ -13,9 +13,10 @@ from onnxprune import rules
 from onnxprune.axes import BoundRelation, Refusal
 from onnxprune.errors import InputError
 from onnxprune.graph import FLOATS, Graph, Node
-from onnxprune.groups import VARYING, AxisId, Coupling, Group, Kind, Seed, Statement, couple
+from onnxprune.groups import Coupling, Group, couple
 from onnxprune.layers import Layer, contracted_axes, layer_of, made_axes, silencing, weighted_axes
 from onnxprune.macs import MacTerm, holds_macs, mac_terms
+from onnxprune.positions import VARYING, AxisId, Kind, Seed, Statement
 from onnxprune.probe import Shapes
 from onnxprune.remedies import remedy
 from onnxprune.rules.base import OpView

@@ -11,7 +11,7 @@ import numpy as np
 from onnxprune.analysis import Analysis
 from onnxprune.axes import Refusal
 from onnxprune.errors import InputError
-from onnxprune.groups import AxisId, Statement
+from onnxprune.positions import AxisId, Statement
 
 
 @dataclass(frozen=True)

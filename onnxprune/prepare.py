@@ -25,12 +25,12 @@ from onnxprune.deployed import deployed_feeds
 from onnxprune.errors import InputError, InternalError
 from onnxprune.gathered import Gathered
 from onnxprune.graph import Graph, read_model
-from onnxprune.groups import Kind, Seed
 from onnxprune.journal import Journal
 from onnxprune.macs import uncounted
 from onnxprune.normalise import normalise
 from onnxprune.pipeline import Chooser
 from onnxprune.plan import Plan
+from onnxprune.positions import Kind, Seed
 from onnxprune.probe import Feeds, probe
 from onnxprune.progress import Progress
 from onnxprune.report import DataEntry, Measures

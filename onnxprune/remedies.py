@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxprune.groups import Kind, Seed
+from onnxprune.positions import Kind, Seed
 
 REMEDIES = {
     Kind.INPUT: "nothing here: who calls the model feeds this axis; export it with a narrower input",

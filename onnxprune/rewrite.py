@@ -13,9 +13,9 @@ from onnx import numpy_helper
 from onnxprune.analysis import Analysis, view
 from onnxprune.errors import OnnxPruneError
 from onnxprune.graph import Graph, Node
-from onnxprune.groups import AxisId
 from onnxprune.normalise import add_constant, drop_unused, used_names
 from onnxprune.plan import Plan, removed_positions
+from onnxprune.positions import AxisId
 from onnxprune.precision import NARROW, cast
 from onnxprune.probe import COUNTING, Shapes
 from onnxprune.rules.base import Kept, row_for

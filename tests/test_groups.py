@@ -12,7 +12,7 @@ import onnx
 import pytest
 from builder import Builder, analysed, pruned, table
 
-from onnxprune import groups
+from onnxprune import choices
 
 GRAPHS: dict[str, tuple[Callable[[], onnx.ModelProto], list[str]]] = {}
 
@@ -214,7 +214,7 @@ def test_a_random_plan_of_it_is_proven(name: str) -> None:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_choices_made_part_by_part_are_those_made_on_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     apart, _ = analysed(GRAPHS[name][0]())
-    monkeypatch.setattr(groups._Part, "parts", lambda part: [part])
+    monkeypatch.setattr(choices._Part, "parts", lambda part: [part])
     whole, _ = analysed(GRAPHS[name][0]())
     assert table(apart) == table(whole)
     assert apart.frozen == whole.frozen

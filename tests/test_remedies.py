@@ -9,7 +9,7 @@ import onnx
 import pytest
 from builder import Builder, analysed
 
-from onnxprune.groups import Kind
+from onnxprune.positions import Kind
 from onnxprune.remedies import REMEDIES
 
 Between = Callable[[Builder, str], str]
