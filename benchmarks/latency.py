@@ -262,7 +262,8 @@ def browser(original: Path, pruned: Path, modules: Path) -> dict[str, Any]:
 _MISSING = """Not measured yet: two threads (the machine was never quiet, and their clock is the wall's) and a GPU (none
 was at hand). One thread's clock is its own processor time. The second runtime's and the browser's times are lower
 quartiles of a busy machine; the outputs are what counts there. Models called `-cut` are not fitted. In the curves every
-row with the same `asked` is to take the same measured time: `macs` is the least speed-up in MACs that is as fast."""
+row with the same `asked` is to take the same measured time: `macs` is the least speed-up in MACs that is as fast (but
+for ResNet-20, where it is what was asked for)."""
 
 
 def text(found: dict[str, Rows]) -> str:
