@@ -40,7 +40,7 @@ from onnxprune.graph import Graph
 Made = Callable[[], list[tuple[str, onnx.ModelProto]]]  # models, with a word on what is special about each
 
 HERE = Path(__file__).parent
-IMAGES = 2000  # for calibration, as onnxprune's default
+IMAGES = 2000  # for calibration
 GRADIENT_IMAGES = 256
 WANDA_IMAGES = 256
 STEPS = 9  # of bisection
