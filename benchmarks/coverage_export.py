@@ -10,14 +10,14 @@ refuses leaves a `.failed` file with its words.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
-import sys
-import time
 import warnings
 from pathlib import Path
 
 import torch
 from coverage_models import MODELS, Detections, Logits
+from coverage_writing import is_done, write
 
 warnings.filterwarnings("ignore")
 
@@ -76,6 +76,14 @@ def export(name: str, exporter: str, dynamic: bool, path: Path) -> None:
     torch.onnx.export(model, inputs, str(path), dynamo=True, external_data=False, verbose=False, **options)
 
 
+def export_small(largest: float, name: str, exporter: str, dynamic: bool, path: Path) -> None:
+    """The same, but for files of more megabytes."""
+    with torch.no_grad():
+        export(name, exporter, dynamic, path)
+    if path.stat().st_size > largest * 1e6:
+        raise ValueError(f"{path.stat().st_size / 1e6:.0f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -95,22 +103,8 @@ def main() -> None:
             ):
                 continue
             path = options.folder / f"{name.replace('/', '__')}__{exporter}__{batch}.onnx"
-            if path.exists() or path.with_suffix(".failed").exists():
-                continue
-            start = time.time()
-            part = path.with_suffix(".part")
-            try:
-                with torch.no_grad():
-                    export(name, exporter, batch == "dynamic", part)
-                if part.stat().st_size > options.largest * 1e6:
-                    raise ValueError(f"{part.stat().st_size / 1e6:.0f} MB")
-                part.rename(path)
-                said = "ok"
-            except Exception as error:  # an architecture that an exporter refuses is not ours to judge
-                part.unlink(missing_ok=True)
-                said = next(iter(repr(error).splitlines()), "")[:200]
-                path.with_suffix(".failed").write_text(said)
-            print(f"{path.stem}: {said} ({time.time() - start:.0f} s)", file=sys.stderr, flush=True)
+            if not is_done(path):
+                write(path, functools.partial(export_small, options.largest, name, exporter, batch == "dynamic"))
 
 
 if __name__ == "__main__":

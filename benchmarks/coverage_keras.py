@@ -9,10 +9,9 @@ exporter refuses leaves a `.failed` file with its words.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tf2onnx
+from coverage_writing import is_done, write_apart
 from keras import layers
 
 Tensor = object
@@ -354,18 +354,8 @@ def main() -> None:
             if not (own or which in (1, turn % len(VARIANTS))):
                 continue
             path = options.folder / f"keras__{name}__{variant}__{'fixed' if 'tflite' in variant else 'dynamic'}.onnx"
-            if path.exists() or path.with_suffix(".failed").exists() or not re.search(options.only, path.stem):
-                continue
-            start = time.time()
-            child = os.fork()  # some conversions end the process
-            if not child:
-                _write(name, variant, path)
-                os._exit(0)
-            status = os.waitpid(child, 0)[1]
-            if status:
-                path.with_suffix(".failed").write_text(f"the process ended with status {status}")
-            said = "ok" if path.exists() else path.with_suffix(".failed").read_text()
-            print(f"{path.stem}: {said} ({time.time() - start:.0f} s)", file=sys.stderr, flush=True)
+            if not is_done(path) and re.search(options.only, path.stem):
+                write_apart(path, functools.partial(_write, name, variant, path))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ exporter refuses leaves a `.failed` file with its words.
 
 from __future__ import annotations
 
-import os
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import paddle
+from coverage_writing import is_done, write_apart
 from paddle import nn
 from paddle.vision import models
 
@@ -112,17 +113,8 @@ def main() -> None:
     for name in MODELS:
         for opset in (11, 16):
             path = folder / f"paddle__{name}__paddle2onnx-{opset}__dynamic.onnx"
-            if path.exists() or path.with_suffix(".failed").exists():
-                continue
-            child = os.fork()  # some conversions end the process
-            if not child:
-                export(name, opset, path)
-                os._exit(0)
-            status = os.waitpid(child, 0)[1]
-            if status:
-                path.with_suffix(".failed").write_text(f"the process ended with status {status}")
-            said = "ok" if path.exists() else path.with_suffix(".failed").read_text()
-            print(f"{path.stem}: {said}", file=sys.stderr, flush=True)
+            if not is_done(path):
+                write_apart(path, functools.partial(export, name, opset, path))
 
 
 if __name__ == "__main__":

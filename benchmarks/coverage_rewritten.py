@@ -11,15 +11,16 @@ needs. A file that exists is kept; what a tool refuses leaves a `.failed` file w
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+from coverage_writing import is_done, write
 from onnx import helper, version_converter
 from onnxruntime import quantization
 
@@ -163,18 +164,8 @@ def main() -> None:
             *name, last = source.stem.split("__")
             stem = "__".join([*name, way, last] if name else [source.stem, way, ""])
             path = options.folder / f"{stem}.onnx"
-            if path.exists() or path.with_suffix(".failed").exists() or not re.search(options.only, stem):
-                continue
-            part = path.with_suffix(".part.onnx")
-            try:
-                make(source, part)
-                part.rename(path)
-                said = "ok"
-            except Exception as error:  # what a tool refuses is not ours to judge
-                part.unlink(missing_ok=True)
-                said = next(iter(repr(error).splitlines()), "")[:200]
-                path.with_suffix(".failed").write_text(said)
-            print(f"{stem}: {said}", file=sys.stderr, flush=True)
+            if not is_done(path) and re.search(options.only, stem):
+                write(path, functools.partial(make, source))
 
 
 if __name__ == "__main__":
