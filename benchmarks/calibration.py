@@ -2,8 +2,8 @@
 
     python benchmarks/calibration.py [--part stages,memory,growth,datafree,startup] [--shared ../shared]
 
-stages: one plain pass of onnxruntime over N images, and everything that `--speedup 2` does with as many, in one
-process: the ratio of the two, and where the time goes.
+stages: one plain pass of onnxruntime over N images, and everything that `--speedup 2` does with as many (by default and
+with `--quick`, which takes 2,000 of them at most), in one process: the ratio of the two, and where the time goes.
 memory: peak resident memory of a process that prunes, over the number of images, and with `--memory 512MiB`.
 growth: seconds over the number of images (a straight line through them, and what it misses by) and over the depth of
 the network (the exponent of a power law).
@@ -65,8 +65,8 @@ def plain():
 before = plain() if spec["plain"] else (0.0, 0.0)
 progress = Progress()
 start, cpu = time.perf_counter(), time.process_time()
-result = prune(spec["model"], data=spec["data"], samples=len(x), threads=spec["threads"], progress=progress,
-               **spec["options"])
+given = {"samples": len(x), **spec["options"]}
+result = prune(spec["model"], data=spec["data"], threads=spec["threads"], progress=progress, **given)
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 after = plain() if spec["plain"] else (0.0, 0.0)
 done(seconds=seconds, cpu=cpu, plain=(before[0] + after[0]) / 2, plain_cpu=(before[1] + after[1]) / 2,
@@ -223,19 +223,21 @@ def stages(bench: Bench) -> Rows:
     rows = []
     for name, count in (("resnet56", 5000), ("squeezenet1.0_imagenet", 500)):
         model, count = bench.network(name), bench.args.images or count
-        found = bench.median(lambda model=model, count=count: bench.prune(model, count, plain=True))
-        row: dict[str, Any] = {"network": model.stem, "images": count}
-        if "error" not in found:
-            row |= {"plain pass, s": found["plain"], "all of it, s": found["seconds"]}
-            row |= {
-                "ratio": found["seconds"] / found["plain"],
-                "ratio of processor time": found["cpu"] / found["plain_cpu"],
-            }
-            total = sum(found["stages"].values())
-            row["stages"] = ", ".join(
-                f"{stage} {100 * t / total:.0f} %" for stage, t in sorted(found["stages"].items(), key=lambda i: -i[1])
+        for how, options in {"default": {}, "--quick": {"quick": True, "samples": None}}.items():
+            found = bench.median(
+                lambda model=model, count=count, options=options: bench.prune(model, count, plain=True, **options)
             )
-        rows.append(row | _error(found))
+            row: dict[str, Any] = {"network": model.stem, "images": count, "how": how}
+            if "error" not in found:
+                row |= {"plain pass, s": found["plain"], "all of it, s": found["seconds"]}
+                row |= {
+                    "ratio": found["seconds"] / found["plain"],
+                    "ratio of processor time": found["cpu"] / found["plain_cpu"],
+                }
+                total = sum(found["stages"].values())
+                shares = sorted(found["stages"].items(), key=lambda i: -i[1])
+                row["stages"] = ", ".join(f"{stage} {100 * t / total:.0f} %" for stage, t in shares)
+            rows.append(row | _error(found))
     return rows
 
 
