@@ -75,6 +75,8 @@ def _is_fixed(analysis: Analysis, reader: Reader) -> bool:
     return all(analysis.shapes.is_static(reader.layer.output, axis) for axis in range(1, rank))
 
 
+_FEW = 1000  # samples
+
 Fitter = Callable[[Reader, list[list[Statistics]], Samples | None], Arrays]
 BlockFitter = Callable[[Network, BlockData, Sequence[Behind], Arrays], Arrays]
 Recall = Callable[[Reader | Block], Arrays | None]
@@ -159,8 +161,8 @@ class Sweep:
                 blocks = [b for b in self.blocks if reader in b.outer]
                 known = recall(reader)
                 folds, piece = self._empty(reader), None
-                # a block's fit, which follows, minds the limiter behind it
-                alone = self.limiters and not blocks
+                # a block's fit, which follows, minds the limiter too, but few samples stop it early
+                alone = self.limiters and (not blocks or len(self.batches.data) < _FEW)
                 samples = Samples.of(behind, reader, len(self.batches.data), rows) if alone else None
                 for batch in range(len(original)):
                     now, beside = shelf.get(original[batch]), shelf.get(pruned[batch])

@@ -237,7 +237,7 @@ class _Linear:
         data: what it reads and should give.
         scales: what the squared error of each outer layer counts.
         state: where the map is looked at.
-        before: the same around another state: what the inner layers read is the same.
+        read: per inner layer its unfolded input (`_read`): the same at every state.
     """
 
     def __init__(
@@ -247,18 +247,15 @@ class _Linear:
         data: BlockData,
         scales: Sequence[float],
         state: _State,
-        before: _Linear | None = None,
+        read: Sequence[np.ndarray],
     ) -> None:
         self.net, self.parts, self.data, self.scales, self.state = net, parts, data, scales, state
         self.inner = len(net.block.inner)
         self.slopes = [net.slope(k, y, data, state.weights) for k, y in enumerate(state.before)]
         shapes = [y.shape for y in (*state.before, *data.wanted)]
-        inputs = [data.held[i.layer.data] for i in net.block.inner] + [state.between] * len(net.block.outer)
         self.positions = [out_positions(p.layer, s) for p, s in zip(parts, shapes, strict=True)]
-        self.rows: list[np.ndarray] = before.rows[: self.inner] if before else []
-        for k in range(len(self.rows), len(parts)):
-            out = self.positions[k]
-            self.rows.append(parts[k].unfolding.rows(inputs[k], np.arange(int(np.prod(out, dtype=np.int64))), out))
+        outer = zip(parts[self.inner :], data.wanted, strict=True)
+        self.rows = [*read, *(_unfolded(part, state.between, y.shape) for part, y in outer)]
         self.factors = [self._factors(k) for k in range(len(parts))]
 
     def forward(self, change: Vector) -> list[np.ndarray]:
@@ -351,13 +348,13 @@ def fit_block(
     weights = [p.weights for p in parts]
     state = _look(net, weights, data, saturations, scales)
     judged = _look(net, weights, held_out, saturations, scales).loss
-    first, problem = judged, None
+    first = judged
+    read = _read(net, parts, data, state)
     for _ in range(ROUNDS):
         if not np.isfinite(state.loss):
             break
         try:
-            problem = _Linear(net, parts, data, scales, state, problem)
-            path = _path(problem)
+            path = _path(_Linear(net, parts, data, scales, state, read))
         except np.linalg.LinAlgError:  # activations so large that their squares are no numbers
             break
         # few steps keep the change small where samples are few: how many is for the other samples to say
@@ -397,6 +394,18 @@ def _path(problem: _Linear) -> list[Vector]:
         before, power = power, _dot(gradient, step)
         direction = [z + power / before * d for z, d in zip(step, direction, strict=True)]
     return path
+
+
+def _read(net: Network, parts: Sequence[Part], data: BlockData, state: _State) -> list[np.ndarray]:
+    """What the inner layers read, unfolded."""
+    inner = zip(net.block.inner, parts, state.before, strict=False)
+    return [_unfolded(part, data.held[i.layer.data], y.shape) for i, part, y in inner]
+
+
+def _unfolded(part: Part, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """What a layer reads, (group, rows, p), at all positions of an output of some shape."""
+    out = out_positions(part.layer, shape)
+    return part.unfolding.rows(x, np.arange(int(np.prod(out, dtype=np.int64))), out)
 
 
 def _factor(gram: np.ndarray) -> tuple[np.ndarray, bool]:

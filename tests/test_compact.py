@@ -10,7 +10,7 @@ from builder import Builder
 from test_joint import CASES, Case, grouped, plain
 
 from onnxprune.compact import Compact, _used, compact
-from onnxprune.joint import Part, _Linear, _look, fit_block
+from onnxprune.joint import Part, _Linear, _look, _read, fit_block
 
 
 def silenced(case: Case, every: int = 3) -> list[Part]:
@@ -43,8 +43,8 @@ def mapped(small: Compact, case: Case, parts: list[Part], saturations: list[None
     cut = _look(small.net, [p.weights for p in small.parts], small.data, saturations, scales)
     assert cut.loss == pytest.approx(whole.loss, rel=1e-5)
     return (
-        _Linear(case.net, parts, case.data, scales, whole),
-        _Linear(small.net, small.parts, small.data, scales, cut),
+        _Linear(case.net, parts, case.data, scales, whole, _read(case.net, parts, case.data, whole)),
+        _Linear(small.net, small.parts, small.data, scales, cut, _read(small.net, small.parts, small.data, cut)),
     )
 
 

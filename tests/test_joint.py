@@ -17,7 +17,19 @@ from onnxprune.analysis import Analysis
 from onnxprune.batches import Batches
 from onnxprune.blocks import Block, BlockData, find_blocks
 from onnxprune.data import InputSpec, load_calibration
-from onnxprune.joint import Network, Part, Vector, _factor, _Linear, _look, adjoint, current, fit_block, stored_tensors
+from onnxprune.joint import (
+    Network,
+    Part,
+    Vector,
+    _factor,
+    _Linear,
+    _look,
+    _read,
+    adjoint,
+    current,
+    fit_block,
+    stored_tensors,
+)
 from onnxprune.layers import Layer
 from onnxprune.readers import find_readers
 from onnxprune.reconstruct import Saturation
@@ -174,7 +186,7 @@ class Case:
     def linear(self, saturations: list[Saturation | None]) -> _Linear:
         scales = [1.0 + k for k in range(len(self.block.outer))]
         state = _look(self.net, self.weights, self.data, saturations, scales)
-        return _Linear(self.net, self.parts, self.data, scales, state)
+        return _Linear(self.net, self.parts, self.data, scales, state, _read(self.net, self.parts, self.data, state))
 
     def saturations(self) -> list[Saturation | None]:
         return [Saturation(r.output_scale.astype(np.float32), 0.0, np.inf) for r in self.block.outer]
