@@ -208,7 +208,8 @@ def collect(model: str | Path | onnx.ModelProto, *, progress: Progress | None = 
         InputError: the model, the data or an option cannot be used.
     """
     prepared = prepare(model, Settings(**options), progress or Progress())
-    prepared.gather()
+    with prepared.chooser.blas_threads():
+        prepared.gather()
     return prepared.gathered()
 
 
@@ -226,9 +227,10 @@ def _family(
     goals = [aim(prepared, each) for each in wanted]
     if journal is not None:
         prepared.keep(journal, speedups)
-    prepared.gather()
-    shared = dict(progress.timings)
-    return tuple(finish(prepared, goal, shared) for goal in goals)
+    with prepared.chooser.blas_threads():
+        prepared.gather()
+        shared = dict(progress.timings)
+        return tuple(finish(prepared, goal, shared) for goal in goals)
 
 
 @with_scratch

@@ -24,14 +24,21 @@ class Batches:
 
     What is drawn does not depend on the size of the batches: `LARGEST` records in a row share a draw, and no batch goes
     across two draws.
+
+    Args:
+        data: the records.
+        size: records per batch, at most.
+        seed: of the draws.
+        thinned: of the positions that would be looked at, one in so many is.
     """
 
-    def __init__(self, data: Calibration, size: int, seed: int) -> None:
+    def __init__(self, data: Calibration, size: int, seed: int, thinned: int = 1) -> None:
         step = min(size, LARGEST) if data.batchable else 1
         self.data = data
         draws = [range(i, min(i + LARGEST, len(data))) for i in range(0, len(data), LARGEST)]
         self.parts = [list(draw[i : i + step]) for draw in draws for i in range(0, len(draw), step)]
         self.seed = seed
+        self.thinned = thinned
         self.count = len(data)
         self._fed: list[dict[str, np.ndarray]] | None = None
 
@@ -57,7 +64,7 @@ class Batches:
     def positions(self, reader: Reader, batch: int, total: int) -> np.ndarray:
         """Flat output positions of a reader to look at in this batch: the same ones for every network."""
         rng = np.random.default_rng([self.seed, reader.index, self.draw(batch)])
-        return sample_positions(total, -(-_wanted(reader) // self.count), rng)
+        return sample_positions(total, -(-_wanted(reader, self.thinned) // self.count), rng)
 
 
 def sample_bytes(analysis: Analysis, names: Sequence[str]) -> int:
@@ -67,10 +74,10 @@ def sample_bytes(analysis: Analysis, names: Sequence[str]) -> int:
     return sum(4 * int(np.prod(first.shapes[n])) for n in names if n in first.shapes) // max(samples, 1)
 
 
-def rows_bytes(analysis: Analysis, reader: Reader, samples: int) -> int:
+def rows_bytes(analysis: Analysis, reader: Reader, samples: int, thinned: int) -> int:
     """Bytes that the unfolded input of a reader takes for one sample, with what is worked out on the way."""
     columns, groups = reader.width + reader.weights.shape[2], reader.weights.shape[0]
-    wanted = -(-_wanted(reader) // samples)
+    wanted = -(-_wanted(reader, thinned) // samples)
     return int(2 * 4 * groups * columns * min(_positions(analysis, reader), wanted))
 
 
@@ -79,17 +86,17 @@ def batch_size(sample: int, room: int) -> int:
     return int(np.clip(room // max(sample, 1), 1, LARGEST))
 
 
-def enough(analysis: Analysis, readers: Sequence[Reader]) -> int:
+def enough(analysis: Analysis, readers: Sequence[Reader], thinned: int) -> int:
     """Samples beyond which a fit gains little: every reader gets its rows from a few positions of each sample."""
     needed = [
-        -(-min(_wanted(r), _ENOUGH_PER_COLUMN * r.width) // min(_positions(analysis, r), _ENOUGH_POSITIONS))
+        -(-min(_wanted(r, thinned), _ENOUGH_PER_COLUMN * r.width) // min(_positions(analysis, r), _ENOUGH_POSITIONS))
         for r in readers
     ]
     return max(*needed, _ENOUGH_SAMPLES, 1)
 
 
-def _wanted(reader: Reader) -> int:
-    return max(TARGET_ROWS, ROWS_PER_COLUMN * reader.width)
+def _wanted(reader: Reader, thinned: int) -> int:
+    return max(TARGET_ROWS // thinned, ROWS_PER_COLUMN * reader.width)
 
 
 def _positions(analysis: Analysis, reader: Reader) -> int:

@@ -282,15 +282,11 @@ class Sweep:
         # samples take turns between the folds; a record of several samples parts them
         first, each = self.batches.parts[batch][0], target.shape[1] // len(x)
         fold = (first + np.arange(len(x))) % FOLDS
+        rows = reader.unfolding.rows(x, positions, out)
         for k in range(FOLDS):
-            mine = np.flatnonzero(fold == k)
-            if not len(mine):
-                continue
-            rows = reader.unfolding.rows(x[mine], positions, out)
-            chosen = np.repeat(fold == k, each)
-            wanted = target[:, chosen]
-            for g in range(len(rows)):
-                folds[g][k].add(rows[g], wanted[g])
-            if samples is not None:
-                numbers = ((first + mine)[:, None] * each + np.arange(each)).ravel()
-                samples.add(numbers, each, rows[0], wanted[0], shortcut[0][chosen] if shortcut is not None else None)
+            mine = np.repeat(fold == k, each)
+            for g, part in enumerate(folds):
+                part[k].add(rows[g, mine], target[g, mine])
+        if samples is not None:
+            numbers = first * each + np.arange(len(x) * each)
+            samples.add(numbers, each, rows[0], target[0], shortcut[0] if shortcut is not None else None)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from onnxprune import blas
 from onnxprune.analysis import Analysis
 from onnxprune.batches import Batches
 from onnxprune.calibrate import collect
@@ -91,7 +92,8 @@ def _held(common: Common) -> Common:
 
 def _sums(common: Common, batches: Batches) -> Sums:
     analysis, readers, runtime = common
-    return collect(analysis, readers, batches, runtime, Progress())
+    with blas.threads(max(r.width for r in readers), runtime.threads):
+        return collect(analysis, readers, batches, runtime, Progress())
 
 
 def _add(one: Sums, two: Sums) -> Sums:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxprune import budget
+from onnxprune import blas, budget
 from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.batches import LARGEST, Batches, batch_size, enough, rows_bytes, sample_bytes
 from onnxprune.blocks import BlockData, find_blocks
@@ -18,6 +19,7 @@ from onnxprune.cluster import collect_on
 from onnxprune.compact import compact
 from onnxprune.costs import Several
 from onnxprune.data import Calibration
+from onnxprune.effort import THOROUGH, Effort
 from onnxprune.joint import Network, Part, current, fit_block, stored_tensors
 from onnxprune.journal import Journal
 from onnxprune.layers import Layer
@@ -35,9 +37,6 @@ from onnxprune.steps import Steps
 from onnxprune.surroundings import Behind, Samples
 from onnxprune.targets import Limit
 
-LEVELS = (0.85, 0.7, 0.55, 0.4, 0.25, 0.1)  # kept shares at which a group's loss is measured
-# samples on which damage is measured: so many that all of it costs about as much as four passes over the data
-FEWEST_SENSITIVITY_SAMPLES, MOST_SENSITIVITY_SAMPLES = 64, 256
 _JUDGING = 5  # of so many samples of a block one is held out
 _RIDGE = 1e-4  # of the first, one-shot reconstructions
 
@@ -59,7 +58,7 @@ class Chooser:
     batch: int | None = None
     memory: int | None = None
     dask: str | None = None
-    quick: bool = False  # every layer is fitted once, from sums
+    effort: Effort = THOROUGH
     readers: tuple[Reader, ...] = ()
     statistics: dict[int, list[Statistics]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
@@ -79,9 +78,12 @@ class Chooser:
         sums = [8 * r.weights.shape[0] * r.width * (r.width + r.weights.shape[2]) for r in self.readers]
         self.room = Room.of(self.memory, sum(sums) + 4 * max(sums, default=0))
         # damage is measured on samples that the first reconstructions have not seen
-        count = 8 * len(self.data) // max(len(self.analysis.groups) * len(LEVELS), 1)
-        count = min(max(count, FEWEST_SENSITIVITY_SAMPLES), MOST_SENSITIVITY_SAMPLES, len(self.data) // 2)
+        count = self.effort.damage_samples(len(self.data), len(self.analysis.groups))
         self.first, self.pricing = self.data.split(count) if count else (self.data, self.data)
+
+    def blas_threads(self) -> AbstractContextManager[None]:
+        """As many as the readers' widths call for."""
+        return blas.threads(max((r.width for r in self.readers), default=0), self.runtime.threads)
 
     # ------------------------------------------------------------------------------------ statistics and ranks
 
@@ -162,9 +164,8 @@ class Chooser:
             damage = measure(self.analysis, variants, batches, self.runtime, self.progress, self.room)
         return [(levels[g], damage[g]) for g in range(len(levels))]
 
-    @staticmethod
-    def _levels(units: int) -> list[int]:
-        return sorted({min(max(round(units * share), 1), units - 1) for share in LEVELS})
+    def _levels(self, units: int) -> list[int]:
+        return sorted({min(max(round(units * share), 1), units - 1) for share in self.effort.levels})
 
     def _variants(self, info: GroupInfo, counts: Sequence[int]) -> Variants:
         """The networks in which only this group is narrowed, its readers fitted to the original."""
@@ -191,13 +192,13 @@ class Chooser:
 
     def _batches(self, data: Calibration, readers: Sequence[Reader], held: Sequence[str]) -> Batches:
         """The data in batches such that what is held of one, and what is unfolded of it, has room."""
-        unfolded = {r.layer.data: rows_bytes(self.analysis, r, len(data)) for r in readers}
+        unfolded = {r.layer.data: rows_bytes(self.analysis, r, len(data), self.effort.thinned) for r in readers}
         sizes = {name: sample_bytes(self.analysis, [name]) + unfolded.get(name, 0) for name in held}
         largest = max(sizes, key=lambda name: sizes[name], default="")
         self.room.check(largest, sizes.get(largest, 0))
         # what the runtime holds, what it hands over, and what is made of one tensor after the other
         size = 2 * sample_bytes(self.analysis, held) + max(unfolded.values(), default=0)
-        return Batches(data, self._at_once(size), self.seed)
+        return Batches(data, self._at_once(size), self.seed, self.effort.thinned)
 
     @property
     def at_once(self) -> int:
@@ -226,9 +227,10 @@ class Chooser:
         for group in pending:
             del self.kept[group]
         cut = [r for r in self.readers if not r.columns or self._is_cut(r, counts)]
-        blocks = () if self.quick else find_blocks(self.analysis, self.readers)
+        thorough = self.effort.together
+        blocks = find_blocks(self.analysis, self.readers) if thorough else ()
         batches = self._batches(self._enough(cut), cut, sorted({r.layer.data for r in cut}))
-        runner = Sweep(self.analysis, cut, batches, self.runtime, arrays, blocks, self.room, limiters=not self.quick)
+        runner = Sweep(self.analysis, cut, batches, self.runtime, arrays, blocks, self.room, limiters=thorough)
         steps = Steps(self, counts, pending)
 
         def fit_reader(reader: Reader, folds: list[list[Statistics]], samples: Samples | None) -> Arrays:
@@ -253,7 +255,7 @@ class Chooser:
 
     def _enough(self, readers: Sequence[Reader]) -> Calibration:
         """The first samples of the data, as many as the fits have a use for."""
-        count = enough(self.analysis, readers)
+        count = enough(self.analysis, readers, self.effort.thinned)
         if count >= len(self.data):
             return self.data
         self._say(f"the weights were fitted to {count} of the {len(self.data)} samples: more would change little")

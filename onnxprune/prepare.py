@@ -223,7 +223,7 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
     analysis = network.analysis
     sample = calibration.feeds([0])
     how = (settings.select, settings.budget, settings.seed, settings.batch_size, settings.memory, settings.dask)
-    chooser = Chooser(analysis, fit_data, runtime, progress, *how, quick=settings.quick)
+    chooser = Chooser(analysis, fit_data, runtime, progress, *how, effort=settings.effort)
     return Prepared(
         settings,
         original,

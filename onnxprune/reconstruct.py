@@ -82,8 +82,9 @@ def fit(folds: Sequence[Statistics], kept: np.ndarray, prior: np.ndarray, ridges
             for k, held in enumerate(folds):
                 rest = [f for j, f in enumerate(folds) if j != k]
                 seen += held.error(solve(rest[0], kept, prior, ridge))
-            if seen < score:
-                best, score = ridge, seen
+            if not seen < score:  # held-out error falls and then rises with the ridge
+                break
+            best, score = ridge, seen
     weights = solve(total, kept, prior, best)
     sliced = np.zeros_like(prior, dtype=np.float64)
     sliced[kept] = prior[kept]

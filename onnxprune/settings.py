@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxprune.budget import ALLOCATIONS
+from onnxprune.effort import QUICK, THOROUGH, Effort
 from onnxprune.errors import InputError
 from onnxprune.images import Preprocessing
 from onnxprune.selection import FROM_ACTIVATIONS, METHODS
 from onnxprune.targets import multiple_of
-
-_SAMPLES, _QUICK_SAMPLES = 5000, 2000
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +64,14 @@ class Settings:
         multiple_of(self.round_to, self.target)
 
     @property
+    def effort(self) -> Effort:
+        """What is spent on fitting well."""
+        return QUICK if self.quick else THOROUGH
+
+    @property
     def sample_count(self) -> int:
         """How many samples are used at most."""
-        return self.samples or (_QUICK_SAMPLES if self.quick else _SAMPLES)
+        return self.samples or self.effort.samples
 
     @property
     def most(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,13 @@ class _OnDisk:
     what is computed must not depend on where a tensor stands.
     """
 
-    def __init__(self, array: np.ndarray, folder: Path) -> None:
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".npy", delete=False) as file:
-            np.save(file, array)
-        self.path = Path(file.name)
-        weakref.finalize(self, self.path.unlink, missing_ok=True)
+    def __init__(self, array: np.ndarray, path: Path) -> None:
+        self.path, self.dtype, self.shape = path, array.dtype, array.shape
+        array.tofile(path)
+        weakref.finalize(self, path.unlink, missing_ok=True)
+
+    def read(self) -> np.ndarray:
+        return np.fromfile(self.path, self.dtype).reshape(self.shape)
 
 
 Shelved = Mapping[str, "np.ndarray | _OnDisk"]
@@ -38,6 +41,7 @@ class Shelf:
         self.limit = limit
         self.used_files = False
         self._folder = tempfile.TemporaryDirectory(prefix="onnxprune-", ignore_cleanup_errors=True)
+        self._numbers = itertools.count()
 
     def __enter__(self) -> Shelf:
         return self
@@ -50,7 +54,11 @@ class Shelf:
         if together <= self.limit:
             return dict(tensors)
         self.used_files = True
-        return {name: _OnDisk(array, Path(self._folder.name)) for name, array in tensors.items()}
+        folder = Path(self._folder.name)
+        return {  # of strings, only the references could be written
+            name: array if array.dtype.hasobject else _OnDisk(array, folder / str(next(self._numbers)))
+            for name, array in tensors.items()
+        }
 
     @staticmethod
     def get(shelved: Shelved) -> Mapping[str, np.ndarray]:
@@ -64,7 +72,7 @@ class _Opened(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         found = self._shelved[name]
-        return np.load(found.path) if isinstance(found, _OnDisk) else found
+        return found.read() if isinstance(found, _OnDisk) else found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shelved)

@@ -99,9 +99,13 @@ class Unfolding:
             return rows
         channels, spatial = x.shape[1], x.shape[2:]
         index = self._sources(positions, spatial, out)
-        # channels first, so that every tap is one gather with long runs; a last position holds the padding's zero
-        flat = np.zeros((channels, n, int(np.prod(spatial, dtype=np.int64)) + 1), x.dtype)
-        flat[:, :, :-1] = x.reshape(n, channels, -1).transpose(1, 0, 2)
+        # only what some tap reads; channels first, so that every tap is one gather with long runs
+        used = np.flatnonzero(np.bincount(index.ravel(), minlength=int(np.prod(spatial)) + 1)[:-1])
+        place = np.full(int(np.prod(spatial)) + 1, len(used))
+        place[used] = np.arange(len(used))
+        index = place[index]
+        flat = np.zeros((channels, n, len(used) + 1), x.dtype)  # a last position holds the padding's zero
+        flat[:, :, :-1] = _picked(x.reshape(n, channels, -1), used).transpose(1, 0, 2)
         inside = channels // self.group
         columns = np.ones((self.group, inside * self.taps + 1, n * len(positions)), dtype)
         by_tap = columns[:, :-1].reshape(self.group, inside, self.taps, n, len(positions))
@@ -116,13 +120,20 @@ class Unfolding:
         dtype = np.promote_types(y.dtype, np.float32)
         if not self.kernel:
             return y.reshape(n, -1, y.shape[-1])[:, positions].reshape(1, -1, y.shape[-1]).astype(dtype, copy=False)
-        picked = y.reshape(n, self.group, y.shape[1] // self.group, -1)[:, :, :, positions]
+        picked = _picked(y.reshape(n, self.group, y.shape[1] // self.group, -1), positions)
         return picked.transpose(1, 0, 3, 2).reshape(self.group, n * len(positions), -1).astype(dtype, copy=False)
 
     def columns(self, slots: np.ndarray) -> np.ndarray:
         """Columns of some slots of the contracted weight axis: (..., s) -> (..., s * taps)."""
         wide = slots[..., None] * self.taps + np.arange(self.taps)
         return wide.reshape(*slots.shape[:-1], -1)
+
+
+def _picked(x: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Some places on the last axis; the array itself where they are all there are, in order."""
+    if len(places) == x.shape[-1] and np.array_equal(places, np.arange(len(places))):
+        return x
+    return np.take(x, places, axis=-1)
 
 
 def columns_of(layer: Layer, weight_shape: tuple[int, ...]) -> int:

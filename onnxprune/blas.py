@@ -1,0 +1,21 @@
+"""BLAS beside onnxruntime: both want the same cores.
+
+NumPy's and SciPy's wheels bring an OpenBLAS each, whose threads spin while they wait. Between two matrix products of
+ours stands a run of the network, and they take its cores: half of a run's time where matrices are small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_WIDE = 1024  # columns from which on several threads gain more than they cost
+
+
+@contextmanager
+def threads(columns: int, count: int) -> Iterator[None]:
+    """Limit BLAS to one thread, or to ``count`` (0: no limit) where matrices have many columns."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits((count or None) if columns >= _WIDE else 1, user_api="blas"):
+        yield

@@ -1,0 +1,38 @@
+"""What a run spends on choosing and fitting well, against its time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is looked at, and how it is fitted.
+
+    Attributes:
+        samples: of the data, at most.
+        thinned: of the positions that sums are made of, one in so many is looked at.
+        levels: kept shares at which a group's loss is measured.
+        passes: all of these measurements cost about as much as so many passes over the data.
+        fewest: samples that they are made on, at least.
+        most: at most.
+        together: whether a limiter behind a layer is minded, and neighbouring layers are fitted together; else every
+            layer is fitted once, from sums.
+    """
+
+    samples: int
+    thinned: int
+    levels: tuple[float, ...]
+    passes: float
+    fewest: int
+    most: int
+    together: bool
+
+    def damage_samples(self, samples: int, groups: int) -> int:
+        """Of so many samples, how many damage is measured on: a measurement runs half of the network, on average."""
+        wanted = int(2 * self.passes * samples) // max(groups * len(self.levels), 1)
+        return min(max(wanted, self.fewest), self.most, samples // 2)
+
+
+THOROUGH = Effort(5000, 1, (0.85, 0.7, 0.55, 0.4, 0.25, 0.1), 4.0, 64, 256, True)
+QUICK = Effort(2000, 4, (0.75, 0.5, 0.25), 1.0, 32, 64, False)
