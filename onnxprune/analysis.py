@@ -113,25 +113,26 @@ def view(node: Node, graph: Graph, shapes: Shapes, which: int = 0) -> OpView:
         found = value(name)
         return found if found is not None else order[0].values.get(name)
 
-    version = graph.opsets.get(node.domain, 1)
+    version, operands = graph.opsets.get(node.domain, 1), (*node.inputs, *node.captured)
     return OpView(
         node.op,
         node.domain,
         version,
         node.attributes,
-        tuple(sizes(n) for n in node.inputs),
+        tuple(sizes(n) for n in operands),
         tuple(sizes(n) for n in node.outputs),
-        tuple(value(n) for n in node.inputs),
-        tuple(n in graph.computed_from_constants and n not in graph.offset for n in node.inputs),
-        tuple(seen(n) for n in node.inputs),
+        tuple(value(n) for n in operands),
+        tuple(n in graph.computed_from_constants and n not in graph.offset for n in operands),
+        tuple(seen(n) for n in operands),
     )
 
 
 def state(node: Node, graph: Graph, shapes: Shapes) -> Statement:
     """What a node says; a refusal where the table has no row, or its tensors were never seen."""
     relation: BoundRelation | Refusal
-    missing = [n for n in (*node.inputs, *node.outputs) if n and not shapes.known(n)]
-    if node.captured:
+    operands = (*node.inputs, *node.captured)
+    missing = [n for n in (*operands, *node.outputs) if n and not shapes.known(n)]
+    if node.captured and not node.choice:
         # the branches of an If would have to be cut alike, and what a Loop carries as it was before the first turn
         relation = Refusal(
             f"{node.op} has a body, and channels that cross into a body stay; export without control flow"
@@ -140,7 +141,6 @@ def state(node: Node, graph: Graph, shapes: Shapes) -> Statement:
         relation = Refusal(f"the shape of {missing[0]} is not known")
     else:
         relation = rules.describe(view(node, graph, shapes))
-    operands = (*node.inputs, *node.captured)
     return Statement(node.label, node.op, relation, operands, node.outputs, not missing)
 
 

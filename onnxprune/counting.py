@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import onnx
 
 from onnxprune.analysis import Analysis
+from onnxprune.bodies import forms
 from onnxprune.costs import PeakMemory
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph, Node
 from onnxprune.macs import mac_terms
-from onnxprune.normalise import normalise
 from onnxprune.probe import Shapes, probe, random_feeds, run_probe
 from onnxprune.runtime import Runtime, expose
 
 # what they give has as many elements as the values say, and no channel of it is ever cut
 _FINDING = frozenset({"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Unique"})
+Result = TypeVar("Result")
 _SIZES = ((1, 224, 224, 16), (1, 256, 256, 32), (1, 640, 640, 128))
 
 
@@ -38,7 +41,8 @@ def nominal_shapes(graph: Graph, runtime: Runtime, feeds: Mapping[str, np.ndarra
 def count_model_macs(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None = None) -> int:
     """Multiply-accumulates of a model for one sample (or for the data given).
 
-    Functions and branches that do not depend on the input are counted as what they stand for.
+    Functions and branches that do not depend on the input are counted as what they stand for. Of an `If` that does,
+    both branches are counted, although one run takes one of them.
     """
     return count(model, data)[0]
 
@@ -74,14 +78,26 @@ def findings(model: onnx.ModelProto, data: Mapping[str, np.ndarray], runtime: Ru
     nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     if not any(node.op_type in _FINDING for node in nodes):
         return {}
-    graph = Graph(normalise(Graph(model), runtime)[0])
-    names = [name for node in graph.nodes if _finds(node) for name in node.outputs if name]
-    values = runtime.session(expose(graph.model, names), optimise=False).run(names, dict(data))
-    return {name: value for name, value in zip(names, values, strict=True) if isinstance(value, np.ndarray)}
+
+    def values(graph: Graph) -> dict[str, np.ndarray]:
+        names = [name for node in graph.nodes if _finds(node) for name in node.outputs if name]
+        given = runtime.session(expose(graph.model, names), optimise=False).run(names, dict(data)) if names else []
+        return {name: value for name, value in zip(names, given, strict=True) if isinstance(value, np.ndarray)}
+
+    return _of_first_form(model, runtime, values)
+
+
+def _of_first_form(model: onnx.ModelProto, runtime: Runtime, work: Callable[[Graph], Result]) -> Result:
+    """What is found with the branches laid open or, where both do not run on the same data, without."""
+    *opened, plain = forms(Graph(model), runtime)
+    for flat in opened:
+        with contextlib.suppress(Exception):  # onnxruntime's errors share no base class
+            return work(Graph(flat.model))
+    return work(Graph(plain.model))
 
 
 def _finds(node: Node) -> bool:
-    return not node.domain and node.op in _FINDING
+    return not node.domain and node.op in _FINDING and not node.choice
 
 
 def _given(graph: Graph, found: Mapping[str, np.ndarray]) -> Graph:
@@ -104,10 +120,14 @@ def _bare(
     found: Mapping[str, np.ndarray],
 ) -> Analysis:
     """The model as it stands, without groups."""
-    graph = Graph(normalise(Graph(model), runtime)[0])
-    if data is not None and found:
-        graph = _given(graph, found)
-        data = {**data, **{spec.name: found[spec.name] for spec in graph.inputs if spec.name in found}}
-    shapes = nominal_shapes(graph, runtime, data)
+
+    def seen(graph: Graph) -> tuple[Graph, Shapes]:
+        feeds = data
+        if data is not None and found:
+            graph = _given(graph, found)
+            feeds = {**data, **{spec.name: found[spec.name] for spec in graph.inputs if spec.name in found}}
+        return graph, nominal_shapes(graph, runtime, feeds)
+
+    graph, shapes = _of_first_form(model, runtime, seen)
     terms = tuple(term for node in graph.nodes for term in mac_terms(node, shapes))
     return Analysis(graph, shapes, (), (), (), terms, (), shapes)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx.inliner import inline_local_functions
 
 from onnxprune.biases import drop_biases
 from onnxprune.comparison import measure_fidelity
@@ -16,6 +17,8 @@ from onnxprune.cost import Latency, measure_latency
 from onnxprune.counting import findings
 from onnxprune.errors import InputError, InternalError
 from onnxprune.files import write_model
+from onnxprune.graph import Graph
+from onnxprune.origins import origins
 from onnxprune.plan import Plan, approximate_nodes, removed_positions
 from onnxprune.prepare import Cuttable, Prepared, measures, versions
 from onnxprune.promise import MISSED, Timing
@@ -25,7 +28,7 @@ from onnxprune.rewrite import rewrite
 from onnxprune.stopwatch import default_cache
 from onnxprune.targets import UNITS, Limit, Wanted, limits
 from onnxprune.tensors import digest, with_scratch
-from onnxprune.verify import Proof, prove
+from onnxprune.verify import Proof, prove, prove_alike
 
 SLACK = 1.05  # a speed-up of X is met by [X, 1.05 X]
 _NOT_IN_ITS_TYPES = (
@@ -192,7 +195,7 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
 def _cut(network: Cuttable, counts: np.ndarray) -> onnx.ModelProto:
     """The network with the first units of every group, which takes as long as with any others."""
     kept = {g.name: tuple(range(int(n))) for g, n in zip(network.analysis.groups, counts, strict=True)}
-    return rewrite(network.analysis, Plan("", kept), copies=network.copies)
+    return network.flat.closed(rewrite(network.analysis, Plan("", kept), copies=network.flat.copies))
 
 
 def _cut_and_prove(prepared: Prepared, counts: np.ndarray) -> tuple[Plan, onnx.ModelProto, Proof]:
@@ -208,11 +211,14 @@ def _cut_and_prove(prepared: Prepared, counts: np.ndarray) -> tuple[Plan, onnx.M
     plan = Plan(prepared.digest, kept)
     with chooser.progress.stage("prove"):
         spare = [name for name in network.biases if name not in arrays]
-        sliced = rewrite(analysis, plan, copies=network.copies)
+        sliced = rewrite(analysis, plan, copies=network.flat.copies)
         tried = [p.feeds for p in analysis.shapes.probes]
         proof = prove(analysis, plan, sliced, tried, prepared.runtime)
-        pruned = rewrite(analysis, plan, arrays, network.copies)
+        if network.flat.opened:
+            prove_alike(sliced, network.flat.closed(sliced), tried, prepared.runtime)
+        pruned = rewrite(analysis, plan, arrays, network.flat.copies)
         drop_biases(pruned, spare)
+        pruned = network.flat.closed(pruned)
         _check_written(pruned, prepared.original)
     return plan, pruned, proof
 
@@ -250,16 +256,20 @@ def _removed(prepared: Prepared, plan: Plan) -> dict[str, dict[int, tuple[int, .
     all of them is left out: its name does not say what was removed.
     """
     analysis, original, network = prepared.analysis, prepared.graph, prepared.network
-    graph, known = analysis.graph, set(original.stored_names()) | original.computed_from_constants
+    graph, known = analysis.graph, {*original.stored_names(), *original.computed_from_constants, *network.flat.inner}
     found: dict[str, dict[int, tuple[int, ...]]] = {}
     for (tensor, axis), gone in sorted(removed_positions(analysis, plan).items()):
         if graph.is_stored(tensor) and tensor not in network.biases:
-            found.setdefault(tensor, {})[axis] = tuple(int(i) for i in gone)
+            found.setdefault(network.flat.own_name(tensor), {})[axis] = tuple(int(i) for i in gone)
     for node in original.nodes:
         alias, source = node.outputs[0], node.inputs[0] if node.inputs else ""
         if node.op == "Identity" and graph.is_stored(alias) and found.get(alias) != found.get(source):
             found.setdefault(alias, {})
-    uneven = {origin for copy, origin in network.copies.items() if found.get(copy) != found.get(origin)}
+    made = {name: axes for name, axes in found.items() if name not in known}
+    if made and prepared.original.functions:  # which may turn what they are given
+        inlined = Graph(inline_local_functions(prepared.original), original.folder)
+        found = {**origins(inlined, made, prepared.runtime), **found}
+    uneven = {origin for copy, origin in network.flat.copies.items() if found.get(copy) != found.get(origin)}
     return {name: axes for name, axes in found.items() if name in known - uneven}
 
 

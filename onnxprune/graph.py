@@ -40,6 +40,7 @@ class Node:
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
     captured: tuple[str, ...]  # tensors that a body (If, Loop, Scan) takes from outside
+    choice: bool = False  # an If that hands on one of two tensors, see `is_choice`
 
     @property
     def label(self) -> str:
@@ -68,7 +69,8 @@ class Graph:
                 tuple(proto.input),
                 tuple(proto.output),
                 dict(node.attrs),
-                tuple(sorted(_captured(proto))),
+                tuple(sorted(captured(proto))),
+                is_choice(proto),
             )
             for index, (node, proto) in enumerate(zip(imported, model.graph.node, strict=True))
         )
@@ -160,17 +162,25 @@ class Graph:
         return self._constants[name]
 
 
-def _captured(proto: onnx.NodeProto) -> set[str]:
+def captured(proto: onnx.NodeProto) -> set[str]:
     """Names that the bodies of a node take from outside."""
     found: set[str] = set()
     for attribute in proto.attribute:
         for body in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
             inner = {i.name for i in body.input} | {t.name for t in body.initializer}
             for node in body.node:
-                found.update(name for name in (*node.input, *_captured(node)) if name and name not in inner)
+                found.update(name for name in (*node.input, *captured(node)) if name and name not in inner)
                 inner.update(node.output)
             found.update(o.name for o in body.output if o.name not in inner)
     return found
+
+
+def is_choice(proto: onnx.NodeProto) -> bool:
+    """Whether a node is an `If` that does nothing but hand on one of two tensors."""
+    if proto.op_type != "If" or proto.domain not in ("", "ai.onnx") or len(proto.output) != 1:
+        return False
+    bodies = [a.g for a in proto.attribute if a.HasField("g")]
+    return all([n.op_type for n in body.node] == ["Identity"] and not body.initializer for body in bodies)
 
 
 def read_model(path: Path) -> onnx.ModelProto:

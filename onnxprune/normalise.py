@@ -47,7 +47,7 @@ def normalise(graph: Graph, runtime: Runtime) -> tuple[onnx.ModelProto, dict[str
         used = used_names(model)
         unpack_sequences(model, functools.partial(add_constant, model))
         drop_unused(model, used)
-    return model, _unshare(model)
+    return model, unshare(model)
 
 
 def _fold(model: onnx.ModelProto, folder: Path, runtime: Runtime) -> None:
@@ -141,7 +141,7 @@ def _foldable(outputs: tuple[str, ...], constant: frozenset[str]) -> bool:
     return all(name in constant for name in outputs if name) and any(outputs)
 
 
-def _unshare(model: onnx.ModelProto) -> dict[str, str]:
+def unshare(model: onnx.ModelProto) -> dict[str, str]:
     """One copy of a small shared constant for every user but the first; layers' weights stay shared."""
     stored = {t.name: t for t in model.graph.initializer}
     for node in model.graph.node:

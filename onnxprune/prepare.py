@@ -17,6 +17,7 @@ import onnx
 from onnxprune.analysis import Analysis, analyse
 from onnxprune.archive import Damaged
 from onnxprune.biases import add_biases
+from onnxprune.bodies import Flat, forms
 from onnxprune.cost import Latency, params
 from onnxprune.costs import Cost
 from onnxprune.counting import count, nominal_shapes
@@ -27,11 +28,10 @@ from onnxprune.gathered import Gathered
 from onnxprune.graph import Graph, read_model
 from onnxprune.journal import Journal
 from onnxprune.macs import uncounted
-from onnxprune.normalise import normalise
 from onnxprune.pipeline import Chooser
 from onnxprune.plan import Plan
 from onnxprune.positions import Kind, Seed
-from onnxprune.probe import Feeds, probe
+from onnxprune.probe import Feeds, Shapes, probe
 from onnxprune.progress import Progress
 from onnxprune.report import DataEntry, Measures
 from onnxprune.rewrite import CannotRepair, rewrite
@@ -46,6 +46,7 @@ _SAMPLING = {"macs", "params"}  # costs to which a sampler adds nothing
 _HELD_OUT_SHARE = 0.1
 _FEWEST_TO_SPLIT = 10
 _MOST_HELD_OUT = 500
+_AT_ONCE = 8  # samples, where only whether they run is asked
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +55,12 @@ class Cuttable:
 
     Attributes:
         analysis: of the normalised network.
-        copies: stored tensors that the written file holds only once: name here, name there.
+        flat: the normalised network with its branches laid open, as it is analysed, and how they are put back.
         biases: names of those that were added for a fit to fill.
     """
 
     analysis: Analysis
-    copies: Mapping[str, str]
+    flat: Flat
     biases: tuple[str, ...]
 
 
@@ -236,10 +237,10 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
         judging,
         measures(original, sample, runtime),
         deployed_feeds(graph.inputs, sample, settings.shapes, settings.batch),
-        counted_costs(analysis, costly, network.copies),
+        counted_costs(analysis, costly, network.flat.copies),
         widths(analysis, settings.multiple),
         chooser,
-        tuple(_warnings(analysis, calibration, settings, kept)),
+        tuple(_warnings(analysis, len(network.flat.opened), calibration, settings, kept)),
         progress,
     )
 
@@ -323,7 +324,9 @@ def _of_one_sample(graph: Graph, feeds: Sequence[Feeds]) -> dict[str, tuple[int,
     return {spec.name: tuple(size(spec, axis) for axis in range(len(spec.shape))) for spec in graph.inputs}
 
 
-def _warnings(analysis: Analysis, calibration: Calibration, settings: Settings, kept: Gathered | None) -> list[str]:
+def _warnings(
+    analysis: Analysis, opened: int, calibration: Calibration, settings: Settings, kept: Gathered | None
+) -> list[str]:
     found = list(calibration.warnings if kept is None else kept.about["warnings"])
     if kept is not None:
         if settings.reconstruct:
@@ -333,6 +336,12 @@ def _warnings(analysis: Analysis, calibration: Calibration, settings: Settings, 
             )
         if settings.data is None:
             found.append("fidelity was not measured: there were no data (--data gives some)")
+    if opened:
+        plural = "s" if opened > 1 else ""
+        found.append(
+            f"both branches of {opened} If node{plural} are counted, although one run takes one of them; weights there"
+            " are fitted to all of the data"
+        )
     if hidden := uncounted(analysis.graph.model):
         found.append(f"{hidden} layers in bodies of If, Loop or Scan stay as they are, and are not counted")
     if kept is None and len(calibration) < _FEWEST_TO_SPLIT:
@@ -365,15 +374,8 @@ def cuttable(
     approximate: bool = False,
 ) -> Cuttable:
     """Normalise, find shapes and groups; sizes that cannot be repaired freeze their axes."""
-    model, copies = normalise(graph, runtime)
-    biases = add_biases(model) if reconstruct else []
-    graph = Graph(model, graph.folder)
-    batch = None
-    if calibration is not None:
-        batch = calibration.feeds(list(range(min(3, len(calibration)))) if calibration.batchable else [0])
-    shapes = probe(graph, runtime, batch)
-    one = calibration.feeds([0]) if calibration is not None else None
-    nominal = nominal_shapes(graph, runtime, one)
+    flat, biases, shapes, nominal = _seen(graph, runtime, calibration, reconstruct)
+    graph = Graph(flat.model, graph.folder)
     seeds: tuple[Seed, ...] = ()
     while True:
         analysis = analyse(graph, shapes, nominal, only, exclude, seeds, approximate=approximate)
@@ -383,9 +385,42 @@ def cuttable(
         half = {g.name: tuple(range(max(g.units // 2, 1))) for g in analysis.groups}
         try:
             rewrite(analysis, Plan("", half))
-            return Cuttable(analysis, copies, tuple(biases))
+            return Cuttable(analysis, flat, tuple(biases))
         except CannotRepair as error:
             more = tuple(Seed(Kind.STATED, str(error), error.node, error.op, error.tensor, axis) for axis in error.axes)
             if not set(more) - set(seeds):
                 raise InternalError(f"freezing did not help: {error}") from error
             seeds += more
+
+
+def _seen(
+    graph: Graph, runtime: Runtime, calibration: Calibration | None, reconstruct: bool
+) -> tuple[Flat, list[str], Shapes, Shapes]:
+    """The normalised model with the biases that were added, and its shapes where it is analysed and where it is used.
+
+    Branches are laid open only where the model then runs at as many sizes as it does by itself, and on all of the data.
+    """
+    batch, one = None, None
+    if calibration is not None:
+        batch = calibration.feeds(list(range(min(3, len(calibration)))) if calibration.batchable else [0])
+        one = calibration.feeds([0])
+    found: list[tuple[Flat, list[str], Shapes, Shapes]] = []
+    *first, plain = forms(graph, runtime)
+    for flat in (plain, *first):
+        biases = add_biases(flat.model) if reconstruct else []
+        shown = Graph(flat.model, graph.folder)
+        try:
+            shapes = probe(shown, runtime, batch)
+            nominal = nominal_shapes(shown, runtime, one)
+            if calibration is not None and flat.opened:
+                session = runtime.session(flat.model, optimise=False)
+                step = _AT_ONCE if calibration.batchable else 1
+                for start in range(0, len(calibration), step):
+                    session.run(None, calibration.feeds(list(range(start, min(start + step, len(calibration))))))
+        except Exception:  # onnxruntime's errors share no base class
+            if flat is plain:
+                raise
+            continue
+        if not found or len(shapes.probes) >= len(found[0][2].probes):
+            found.append((flat, biases, shapes, nominal))
+    return found[-1]

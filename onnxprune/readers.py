@@ -88,7 +88,7 @@ def _heads(analysis: Analysis) -> set[int]:
         if node.index in layers and not before:
             heads.add(node.index)
         if before or node.index in layers:
-            later.update(node.inputs)
+            later.update((*node.inputs, *node.captured))
     return heads
 
 

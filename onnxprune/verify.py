@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import InputError, InternalError
@@ -23,11 +24,13 @@ from onnxprune.plan import Plan, approximate_nodes, removed_positions
 from onnxprune.precision import NARROW, types, without_rounding
 from onnxprune.probe import Feeds
 from onnxprune.runtime import Runtime, expose, in_slices
-from onnxprune.tensors import stored
+from onnxprune.tensors import graphs, stored
 
 _PIECE = 1 << 20  # elements that are compared at once
 _TINY = 1e-2  # tensors smaller than this all over are compared absolutely (saturated gates)
 _RANKING = frozenset({"TopK", "NonMaxSuppression", "ArgMax", "ArgMin", "NonZero"})  # a tie may fall either way
+_FORCED = "onnxprune/taken"  # the name of a condition that stands in for all others
+_ALIKE = 1e-6
 _TOLERANCE = {"float32": 1e-4, "float64": 1e-6, "float16": 2e-2}
 
 
@@ -101,6 +104,50 @@ def prove(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, feeds: list[Feed
                     " removed channels silenced; nothing was written. Please report the model"
                 )
     return Proof(worst, where, compared, f"{len(feeds)} batches, every inner tensor that kept its shape{how}")
+
+
+def prove_alike(flat: onnx.ModelProto, nested: onnx.ModelProto, feeds: list[Feeds], runtime: Runtime) -> None:
+    """Compare the cut model with itself after its branches were put back: they compute the same, whichever are taken.
+
+    Raises:
+        InternalError: they do not.
+    """
+    runtime = replace(runtime, provider="cpu")
+    have = {name for node in nested.graph.node for name in node.output}
+    names = [name for node in flat.graph.node for name in node.output if name in have - {""}]
+    for taken in (None, True, False):
+        for feed in feeds:
+            first, second = (_run_forced(model, taken, names, feed, runtime) for model in (flat, nested))
+            if (first is None) != (second is None):
+                raise InternalError("the proof failed: the model does not run any more when its branches are put back")
+            for name, a, b in zip(names, first or [], second or [], strict=False):
+                if isinstance(a, np.ndarray) and a.dtype.kind == "f":
+                    alike = a.shape == b.shape and difference(a, b) < _ALIKE
+                else:
+                    alike = not isinstance(a, np.ndarray) or np.array_equal(a, b)
+                if not alike:
+                    raise InternalError(
+                        f"the proof failed: {name!r} changes when branches are put back; nothing was written. Please"
+                        " report the model"
+                    )
+
+
+def _run_forced(
+    model: onnx.ModelProto, taken: bool | None, names: Sequence[str], feed: Feeds, runtime: Runtime
+) -> list[Any] | None:
+    """What a model gives where every `If` takes the same branch; None where that is not meant to run."""
+    model = expose(model, names)
+    if taken is None:
+        return list(runtime.session(model, optimise=False).run(names, dict(feed)))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(taken), _FORCED))
+    for graph in graphs(model):
+        for node in graph.node:
+            if node.op_type == "If" and node.domain in ("", "ai.onnx"):
+                node.input[0] = _FORCED
+    try:
+        return list(runtime.session(model, optimise=False).run(names, dict(feed)))
+    except Exception:  # the branch that these data do not take; onnxruntime's errors share no base class
+        return None
 
 
 def _side_by_side(

@@ -17,13 +17,13 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.analysis import Analysis, analyse
+from onnxprune.bodies import Flat, forms
 from onnxprune.graph import Graph
-from onnxprune.normalise import normalise
 from onnxprune.plan import Plan
 from onnxprune.probe import probe
 from onnxprune.rewrite import rewrite
 from onnxprune.runtime import Runtime
-from onnxprune.verify import Proof, prove
+from onnxprune.verify import Proof, prove, prove_alike
 
 RUNTIME = Runtime("cpu", 1)
 IR = 10
@@ -145,9 +145,15 @@ def run(
 
 def analysed(model: onnx.ModelProto, **options: Any) -> tuple[Analysis, dict[str, str]]:
     """The analysis of the normalised model, and the constants that normalisation copied."""
-    plain, copies = normalise(Graph(model), RUNTIME)
-    graph = Graph(plain)
-    return analyse(graph, probe(graph, RUNTIME), **options), copies
+    analysis, flat = laid_open(model, **options)
+    return analysis, dict(flat.copies)
+
+
+def laid_open(model: onnx.ModelProto, **options: Any) -> tuple[Analysis, Flat]:
+    """The analysis of the normalised model, and how its branches are put back."""
+    flat = forms(Graph(model), RUNTIME)[0]
+    graph = Graph(flat.model)
+    return analyse(graph, probe(graph, RUNTIME), **options), flat
 
 
 def random_plan(analysis: Analysis, seed: int = 0, share: float = 0.5) -> Plan:
@@ -162,10 +168,14 @@ def random_plan(analysis: Analysis, seed: int = 0, share: float = 0.5) -> Plan:
 
 def pruned(model: onnx.ModelProto, seed: int = 0, share: float = 0.5) -> tuple[onnx.ModelProto, Analysis, Plan, Proof]:
     """Analyse, plan at random, rewrite and prove."""
-    analysis, copies = analysed(model)
+    analysis, flat = laid_open(model)
     plan = random_plan(analysis, seed, share)
-    new = rewrite(analysis, plan, copies=copies)
-    proof = prove(analysis, plan, new, [p.feeds for p in analysis.shapes.probes], RUNTIME)
+    cut = rewrite(analysis, plan, copies=flat.copies)
+    feeds = [p.feeds for p in analysis.shapes.probes]
+    proof = prove(analysis, plan, cut, feeds, RUNTIME)
+    new = flat.closed(cut)
+    if flat.opened:
+        prove_alike(cut, new, feeds, RUNTIME)
     ort.InferenceSession(new.SerializeToString(), providers=["CPUExecutionProvider"])  # with all optimisations
     if all(o.type.tensor_type.HasField("shape") for o in new.graph.output):  # else the builder could not infer it
         onnx.checker.check_model(new)

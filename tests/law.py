@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,6 @@ class Call:
         while names and not names[-1]:
             names.pop()
         outputs = [f"y{k}" for k in range(self.outputs)]
-        node = helper.make_node(self.op, names, outputs, domain=self.domain, **self.attributes)
         inputs, stored = [], []
         for k, array in enumerate(self.inputs):
             if array is None:
@@ -61,10 +60,18 @@ class Call:
                     helper.make_tensor_value_info(f"x{k}", helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
                 )
         graph = helper.make_graph(
-            [node], "one", inputs, [helper.make_empty_tensor_value_info(o) for o in outputs], stored
+            [self.node(names, outputs)],
+            "one",
+            inputs,
+            [helper.make_empty_tensor_value_info(o) for o in outputs],
+            stored,
         )
         opsets = [helper.make_opsetid("", self.opset)] + ([helper.make_opsetid(self.domain, 1)] if self.domain else [])
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR)
+
+    def node(self, names: list[str], outputs: list[str]) -> onnx.NodeProto:
+        """The node itself."""
+        return helper.make_node(self.op, names, outputs, domain=self.domain, **self.attributes)
 
     def run(self) -> list[np.ndarray]:
         """The operator's outputs."""
@@ -95,7 +102,7 @@ class Call:
                 inputs.append(None)
             inputs[k] = value
             constant.add(k)
-        return Call(self.op, inputs, attributes, tuple(constant), self.outputs, self.opset, self.domain)
+        return replace(self, inputs=inputs, attributes=attributes, constant=tuple(constant))
 
 
 class Draw:
@@ -270,11 +277,11 @@ def judge(call: Call, row: Row, rng: np.random.Generator) -> Iterator[Verdict]:
             # a stored weight is silenced; of activations that are summed over, any one may be the zero one
             for which in [silent] if silent else [[k] for k in sorted({k for side, k, _ in gone if not side})]:
                 inputs = [a if k not in which or a is None else zeroed(a, k, gone) for k, a in enumerate(call.inputs)]
-                changed = Call(call.op, inputs, call.attributes, call.constant, call.outputs, call.opset, call.domain)
+                changed = replace(call, inputs=inputs)
                 expected.append(changed.run())
         elif call.op in ("LSTM", "GRU", "RNN"):  # a unit feeds the others of the next step, through silenced weights
             inputs = [a if k not in silent or a is None else zeroed(a, k, gone) for k, a in enumerate(call.inputs)]
-            quiet = Call(call.op, inputs, call.attributes, call.constant, call.outputs, call.opset).run()
+            quiet = replace(call, inputs=inputs).run()
             expected.append([take(a, True, k, gone) for k, a in enumerate(quiet)])
         else:
             expected.append([take(a, True, k, gone) for k, a in enumerate(outputs)])

@@ -43,6 +43,17 @@ def _prelu(op: OpView) -> Relation | Refusal:
     return relate(broadcast([op.in_shape(0), op.in_shape(1)], out), broadcast([out], out))
 
 
+def _choice(op: OpView) -> Relation | Refusal:
+    """Of the condition nothing; the axes of both branches' results are those of the output, where they are as long."""
+    out = op.out_sizes[0] or []
+    results = [sizes for sizes in op.in_sizes[1:] if sizes is not None]
+    if not results or any(len(sizes) != len(out) for sizes in results):
+        return Refusal("If gives results of unlike ranks, or its branches cannot be laid open; export without them")
+    names = letters(op.out_shape())
+    text = " ".join(n if all(r[k] == out[k] for r in results) else "1" for k, n in enumerate(names))
+    return relate(["*", *[text] * len(results)], [text])
+
+
 def _clip_of_zero(op: OpView) -> Clauses:
     low, high = (None if v is None else float(v) for v in (op.value(1, "min"), op.value(2, "max")))
     known = (low is not None or not op.has(1)) and (high is not None or not op.has(2))
@@ -67,6 +78,7 @@ def register(table: Table) -> None:
     add(table, "Div", Row(_nary, zero=FIRST))
     add(table, "Where", Row(_nary, zero=((1, 2),)))
     add(table, NARY, Row(_nary))
+    add(table, "If", Row(_choice, zero=((1, 2),)))
     add(table, "Pow", Row(_nary, zero=_power_of_zero))
     add(table, "PRelu", Row(_prelu, zero=FIRST))
     # what onnxruntime's optimizer writes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 from law import Call, Draw, case
+from onnx import helper
 
 # --------------------------------------------------------------------------------------------------------- pointwise
 
@@ -133,6 +134,26 @@ def _(d: Draw) -> Call:
 @case("Clip", "attributes")
 def _(d: Draw) -> Call:
     return Call("Clip", [d.floats(*d.shape(0, 0))], {"min": -0.3, "max": 0.4}, (), 1, 7)
+
+
+class Choice(Call):
+    """An If whose branches hand on what they take from outside: the second input, or the third."""
+
+    def node(self, names: list[str], outputs: list[str]) -> onnx.NodeProto:
+        bodies = {}
+        for branch, name in zip(("then_branch", "else_branch"), names[1:], strict=True):
+            given = helper.make_tensor_value_info(f"{branch}_y", onnx.TensorProto.FLOAT, None)
+            bodies[branch] = helper.make_graph(
+                [helper.make_node("Identity", [name], [given.name])], branch, [], [given]
+            )
+        return helper.make_node("If", names[:1], outputs, **bodies)
+
+
+@case("If")
+def _(d: Draw) -> Call:
+    shape = d.shape(0, 0, 0)
+    other = (*shape[:-1], d.of(shape[-1], shape[-1] + 1))
+    return Choice("If", [np.array(d.of(True, False)), d.floats(*shape), d.floats(*other)])
 
 
 @case("CastLike")
