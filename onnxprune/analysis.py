@@ -15,7 +15,7 @@ from onnxprune.errors import InputError
 from onnxprune.graph import FLOATS, Graph, Node
 from onnxprune.groups import Coupling, Group, couple
 from onnxprune.layers import Layer, contracted_axes, layer_of, made_axes, silencing, weighted_axes
-from onnxprune.macs import MacTerm, holds_macs, mac_terms
+from onnxprune.macs import MacTerm, all_terms, holds_macs
 from onnxprune.positions import VARYING, AxisId, Kind, Seed, Statement
 from onnxprune.probe import Shapes
 from onnxprune.remedies import remedy
@@ -274,7 +274,7 @@ def analyse(
             if holds_macs(node) and node.label not in chosen:
                 for place in weighted_axes(node, statement.relation, graph.computed_from_constants):
                     seeds.append(Seed(Kind.CHOSEN, "not chosen by --only/--exclude", node.label, node.op, *place))
-    terms = tuple(term for node in graph.nodes for term in mac_terms(node, nominal))
+    terms = all_terms(graph.nodes, nominal)
     weights: dict[AxisId, float] = {}
     for term in terms:
         macs = term.at(nominal)
@@ -370,4 +370,10 @@ def _frozen(
             remedy(s),
         )
         for s, (count, nodes) in held.items()
-    )
+    ) + tuple(_frozen_body(graph.nodes[index], macs) for index, macs in sorted(nominal.turns.items()) if macs)
+
+
+def _frozen_body(node: Node, macs: float) -> Frozen:
+    """The layers in the body of a loop."""
+    reason, place = f"layers in the body of {node.op} stay as they are", (node.outputs[0], 0)
+    return Frozen(reason, node.label, node.op, *place, 0, (node.label,), macs, "", "export without control flow")

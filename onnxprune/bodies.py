@@ -18,7 +18,7 @@ from onnxprune.branches import inline_branch
 from onnxprune.graph import Graph, captured, is_choice
 from onnxprune.normalise import normalise, unshare
 from onnxprune.runtime import Runtime
-from onnxprune.tensors import graphs
+from onnxprune.tensors import bodies, graphs
 
 _BRANCHES = ("then_branch", "else_branch")
 
@@ -152,10 +152,10 @@ def _stored(graph: onnx.GraphProto) -> set[str]:
 
 def _can_open(node: onnx.NodeProto, defined: Counter[str]) -> bool:
     """Whether the branches hold nodes and dense tensors, each of which the report can call by its name."""
-    bodies = [a.g for a in node.attribute if a.name in _BRANCHES]
-    alike = all(len(body.output) == len(node.output) and not body.input for body in bodies)
-    dense = not any(body.sparse_initializer for body in bodies)
-    return len(bodies) == 2 and alike and dense and all(defined[n] == 1 for body in bodies for n in _stored(body))
+    both = list(bodies(node))
+    alike = all(len(body.output) == len(node.output) and not body.input for body in both)
+    dense = not any(body.sparse_initializer for body in both)
+    return len(both) == 2 and alike and dense and all(defined[n] == 1 for body in both for n in _stored(body))
 
 
 def _open(model: onnx.ModelProto, index: int, defined: Counter[str]) -> OpenIf:
@@ -176,7 +176,7 @@ def _open(model: onnx.ModelProto, index: int, defined: Counter[str]) -> OpenIf:
                 defined[name] -= 1
                 defined[new] += 1
             fresh[name] = new
-        _rename(body, fresh)
+        rename(body, fresh)
         labels = _unlike_labels(body, labelled)
         inserted += body.node
         model.graph.initializer.extend(body.initializer)
@@ -209,7 +209,7 @@ def _choice(
     node: onnx.NodeProto, k: int, results: Sequence[tuple[str, onnx.ValueInfoProto]], defined: Counter[str]
 ) -> onnx.NodeProto:
     """An `If` that hands on one of two tensors: output ``k`` of the one that there was."""
-    bodies, output = {}, node.output[k]
+    both, output = {}, node.output[k]
     for attribute, value in results:
         name = f"{output}_{attribute}"
         while defined[name]:
@@ -221,8 +221,8 @@ def _choice(
         if given.type.HasField("tensor_type"):
             given.type.tensor_type.ClearField("shape")
         identity = onnx.helper.make_node("Identity", [value.name], [name])
-        bodies[attribute] = onnx.helper.make_graph([identity], name, [], [given])
-    return onnx.helper.make_node("If", list(node.input), [output], name="" if k else node.name, **bodies)
+        both[attribute] = onnx.helper.make_graph([identity], name, [], [given])
+    return onnx.helper.make_node("If", list(node.input), [output], name="" if k else node.name, **both)
 
 
 def _unlike_labels(body: onnx.GraphProto, labelled: set[str]) -> dict[str, str]:
@@ -238,16 +238,15 @@ def _unlike_labels(body: onnx.GraphProto, labelled: set[str]) -> dict[str, str]:
     return found
 
 
-def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+def rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
     """Call tensors by other names, in a graph and the bodies in it."""
     for node in graph.node:
         for operands in (node.input, node.output):
             for k, name in enumerate(operands):
                 operands[k] = names.get(name, name)
-        for attribute in node.attribute:
-            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                _rename(body, names)
-    for named in (*graph.initializer, *graph.value_info, *graph.output):
+        for body in bodies(node):
+            rename(body, names)
+    for named in (*graph.initializer, *graph.value_info, *graph.input, *graph.output):
         named.name = names.get(named.name, named.name)
 
 
@@ -282,7 +281,7 @@ def _close(model: onnx.ModelProto, opened: OpenIf) -> None:
                 value.type.CopyFrom(described[result].type)
             elif value.type.HasField("tensor_type"):
                 value.type.tensor_type.ClearField("shape")
-        _rename(body, branch.names)
+        rename(body, branch.names)
         for node in body.node:
             node.name = branch.labels.get(node.name, node.name)
     _keep_outputs(closed, left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -14,9 +15,10 @@ from onnxprune.bodies import forms
 from onnxprune.costs import PeakMemory
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph, Node
-from onnxprune.macs import mac_terms
-from onnxprune.probe import Shapes, probe, random_feeds, run_probe
+from onnxprune.macs import all_terms, layers_within
+from onnxprune.probe import Probe, Shapes, probe, random_feeds, run_probe
 from onnxprune.runtime import Runtime, expose
+from onnxprune.turns import macs_of_turns
 
 # what they give has as many elements as the values say, and no channel of it is ever cut
 _FINDING = frozenset({"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Unique"})
@@ -26,23 +28,29 @@ _SIZES = ((1, 224, 224, 16), (1, 256, 256, 32), (1, 640, 640, 128))
 
 def nominal_shapes(graph: Graph, runtime: Runtime, feeds: Mapping[str, np.ndarray] | None) -> Shapes:
     """Shapes at which costs are counted: one sample, of the data's size where there are data."""
+    shapes = Shapes((_nominal_probe(graph, runtime, feeds),))
+    return dataclasses.replace(shapes, turns=macs_of_turns(graph, shapes, runtime))
+
+
+def _nominal_probe(graph: Graph, runtime: Runtime, feeds: Mapping[str, np.ndarray] | None) -> Probe:
     if feeds is not None:
-        return Shapes((run_probe(graph, feeds, runtime),))
+        return run_probe(graph, feeds, runtime)
     for sizes in _SIZES:
         try:
-            return Shapes((run_probe(graph, random_feeds(graph, sizes), runtime),))
+            return run_probe(graph, random_feeds(graph, sizes), runtime)
         except InputError:
             raise
         except Exception:  # this size does not suit the model; onnxruntime's errors share no base class
             continue
-    return Shapes(probe(graph, runtime).probes[:1])
+    return probe(graph, runtime).probes[0]
 
 
 def count_model_macs(model: onnx.ModelProto, data: Mapping[str, np.ndarray] | None = None) -> int:
     """Multiply-accumulates of a model for one sample (or for the data given).
 
     Functions and branches that do not depend on the input are counted as what they stand for. Of an `If` that does,
-    both branches are counted, although one run takes one of them.
+    both branches are counted, although one run takes one of them; of a Loop or a Scan, the first turn as often as it
+    turns.
     """
     return count(model, data)[0]
 
@@ -80,7 +88,7 @@ def findings(model: onnx.ModelProto, data: Mapping[str, np.ndarray], runtime: Ru
         return {}
 
     def values(graph: Graph) -> dict[str, np.ndarray]:
-        names = [name for node in graph.nodes if _finds(node) for name in node.outputs if name]
+        names = [name for node in graph.nodes if _finds(node, graph) for name in node.outputs if name]
         given = runtime.session(expose(graph.model, names), optimise=False).run(names, dict(data)) if names else []
         return {name: value for name, value in zip(names, given, strict=True) if isinstance(value, np.ndarray)}
 
@@ -96,15 +104,17 @@ def _of_first_form(model: onnx.ModelProto, runtime: Runtime, work: Callable[[Gra
     return work(Graph(plain.model))
 
 
-def _finds(node: Node) -> bool:
-    return not node.domain and node.op in _FINDING and not node.choice
+def _finds(node: Node, graph: Graph) -> bool:
+    if node.domain or node.op not in _FINDING or node.choice:
+        return False
+    return node.op != "Loop" or not layers_within(graph.model.graph.node[node.index])  # else its own work counts
 
 
 def _given(graph: Graph, found: Mapping[str, np.ndarray]) -> Graph:
     """The graph with inputs in place of what its operators would find."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
-    gone = [node for node in graph.nodes if _finds(node) and all(name in found for name in node.outputs if name)]
+    gone = [node for node in graph.nodes if _finds(node, graph) and all(name in found for name in node.outputs if name)]
     for node in reversed(gone):
         del model.graph.node[node.index]
         for name in filter(None, node.outputs):
@@ -129,5 +139,4 @@ def _bare(
         return graph, nominal_shapes(graph, runtime, feeds)
 
     graph, shapes = _of_first_form(model, runtime, seen)
-    terms = tuple(term for node in graph.nodes for term in mac_terms(node, shapes))
-    return Analysis(graph, shapes, (), (), (), terms, (), shapes)
+    return Analysis(graph, shapes, (), (), (), all_terms(graph.nodes, shapes), (), shapes)

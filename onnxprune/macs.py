@@ -7,7 +7,7 @@ element by itself (activations, normalisations, pooling, interpolation) is not, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import onnx
 
 from onnxprune.graph import Node
 from onnxprune.probe import Shapes
-from onnxprune.tensors import graphs
+from onnxprune.tensors import bodies
 
 AxisId = tuple[str, int]
 Shape = tuple[int, ...]
@@ -60,10 +60,25 @@ def mac_terms(node: Node, shapes: Shapes) -> tuple[MacTerm, ...]:
     return tuple(MacTerm(node.label, node.index, coefficient, axes) for coefficient, axes in parts)
 
 
-def uncounted(model: onnx.ModelProto) -> int:
-    """How many operators in bodies (If, Loop, Scan) hold multiply-accumulates: how often they run is not known."""
-    _, *bodies = graphs(model)
-    return sum((node.domain, node.op_type) in _TABLE for body in bodies for node in body.node)
+def all_terms(nodes: Iterable[Node], shapes: Shapes) -> tuple[MacTerm, ...]:
+    """The cost of all nodes; what is in bodies that run several times is a number of its own."""
+    found: list[MacTerm] = []
+    for node in nodes:
+        found += mac_terms(node, shapes)
+        if node.index in shapes.turns:
+            found.append(MacTerm(node.label, node.index, shapes.turns[node.index], ()))
+    return tuple(found)
+
+
+def hidden_layers(model: onnx.ModelProto) -> int:
+    """How many operators in bodies (If, Loop, Scan) hold multiply-accumulates."""
+    return sum(map(layers_within, model.graph.node))
+
+
+def layers_within(node: onnx.NodeProto) -> int:
+    """How many operators in the bodies of a node hold multiply-accumulates."""
+    inner = [each for body in bodies(node) for each in body.node]
+    return sum((each.domain, each.op_type) in _TABLE for each in inner) + sum(map(layers_within, inner))
 
 
 def holds_macs(node: Node) -> bool:

@@ -27,7 +27,7 @@ from onnxprune.errors import InputError, InternalError
 from onnxprune.gathered import Gathered
 from onnxprune.graph import Graph, read_model
 from onnxprune.journal import Journal
-from onnxprune.macs import uncounted
+from onnxprune.macs import hidden_layers
 from onnxprune.pipeline import Chooser
 from onnxprune.plan import Plan
 from onnxprune.positions import Kind, Seed
@@ -342,8 +342,9 @@ def _warnings(
             f"both branches of {opened} If node{plural} are counted, although one run takes one of them; weights there"
             " are fitted to all of the data"
         )
-    if hidden := uncounted(analysis.graph.model):
-        found.append(f"{hidden} layers in bodies of If, Loop or Scan stay as they are, and are not counted")
+    if hidden := hidden_layers(analysis.graph.model):
+        counted = "are counted as often as the first sample runs them" if analysis.nominal.turns else "are not counted"
+        found.append(f"{hidden} layers in bodies of If, Loop or Scan stay as they are, and {counted}")
     if kept is None and len(calibration) < _FEWEST_TO_SPLIT:
         found.append(f"only {len(calibration)} samples: fidelity is measured on those that the weights were fitted to")
     if settings.reconstruct:

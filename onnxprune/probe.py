@@ -9,7 +9,7 @@ identity.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -72,10 +72,12 @@ class Shapes:
         probes: the runs.
         static_sizes: tensors that follow from shapes and constants alone, and hold the same at every probe: a number of
             channels, half of it, a Reshape's target without dynamic sizes.
+        turns: multiply-accumulates of bodies that run several times, per node, where they were counted.
     """
 
     probes: tuple[Probe, ...]
     static_sizes: frozenset[str] = frozenset()
+    turns: Mapping[int, float] = field(default_factory=dict)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The tensor's shape at the first probe; None where it never came to be."""

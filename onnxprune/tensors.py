@@ -33,14 +33,15 @@ _PACKED = frozenset({TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1
 def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
     """The main graph, and the bodies within it and within functions."""
     pending = [model.graph]
-    pending += [body for function in model.functions for node in function.node for body in _bodies(node)]
+    pending += [body for function in model.functions for node in function.node for body in bodies(node)]
     while pending:
         graph = pending.pop()
         yield graph
-        pending += [body for node in graph.node for body in _bodies(node)]
+        pending += [body for node in graph.node for body in bodies(node)]
 
 
-def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The bodies of one node."""
     for attribute in node.attribute:
         yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
 

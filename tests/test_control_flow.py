@@ -297,6 +297,64 @@ def test_both_branches_are_counted() -> None:
 CASES = [(loop, "Loop"), (scan, "Scan")]
 
 
+def in_a_loop(condition: bool = False) -> onnx.ModelProto:
+    """Four turns with a layer of 8 x 8 in each, in a branch if need be, on 5 rows that a layer of 7 x 8 made."""
+    g = Builder()
+    x = g.Relu(g.linear(g.Relu(g.linear(g.input("x", [5, 7]), 16, name="free")), 8))
+    weight = g.weight(8, 8)
+    steps = [node("Identity", ["go"], "on"), node("MatMul", ["state", weight], "made"), node("Tanh", ["made"], "next")]
+    if condition:
+        layer = body([node("MatMul", ["state", weight], "t")], [], "t")
+        other = body([node("MatMul", ["state", weight], "e")], [], "e")
+        steps[1] = node("If", ["go"], "made", then_branch=layer, else_branch=other)
+    infos = [helper.make_tensor_value_info("turn", INT64, []), helper.make_tensor_value_info("go", BOOL, [])]
+    infos.append(helper.make_tensor_value_info("state", FLOAT, [5, 8]))
+    y = g.node("Loop", g.const(4), g.const(True), x, body=body(steps, infos, "on", "next"), name="loop")
+    return g.model(g.node("MatMul", y, g.weight(8, 3)))
+
+
+def in_a_scan() -> onnx.ModelProto:
+    """A layer of 8 x 8 for every one of 5 rows, and one of 8 x 8 for the state."""
+    g = Builder()
+    x = g.Relu(g.linear(g.Relu(g.linear(g.input("x", [5, 7]), 16, name="free")), 8))
+    weights = [g.weight(8, 8), g.weight(8, 8)]
+    infos = [helper.make_tensor_value_info(name, FLOAT, [8]) for name in ("state", "element")]
+    steps = [
+        node("MatMul", ["element", weights[0]], "a"),
+        node("MatMul", ["state", weights[1]], "b"),
+        node("Add", ["a", "b"], "next"),
+        node("Relu", ["next"], "out"),
+    ]
+    start = g.const(np.zeros(8, np.float32))
+    made = g.node("Scan", start, x, body=body(steps, infos, "next", "out"), num_scan_inputs=1, outputs=2, name="scan")
+    return g.model(g.node("MatMul", made[1], g.weight(8, 3)))
+
+
+TURNS: list[tuple[str, Callable[[], onnx.ModelProto], int]] = [
+    ("Loop", in_a_loop, 4 * 5 * 8 * 8),
+    ("Loop", lambda: in_a_loop(True), 4 * 5 * 8 * 8 * 2),
+    ("Scan", in_a_scan, 5 * 2 * 8 * 8),
+]
+
+
+@pytest.mark.parametrize(("op", "make", "within"), TURNS)
+def test_layers_in_loops_are_counted_once_a_turn(op: str, make: Callable[[], onnx.ModelProto], within: int) -> None:
+    model = make()
+    outside = 5 * (7 * 16 + 16 * 8 + 8 * 3)
+    assert count_model_macs(model) == outside + within
+    result = prune(model, speedup=1.1, select="l1", reconstruct=False, threads=1)
+    report = result.report
+    assert (
+        count_model_macs(result.model)
+        == report.after.macs
+        == outside + within - round((1 - 1 / report.achieved.macs) * (outside + within))
+    )
+    assert report.prunable_macs == pytest.approx(5 * (7 * 16 + 16 * 8) / (outside + within))
+    (held,) = [f for f in report.frozen if f.reason.startswith("layers in the body")]
+    assert held.op == op and held.macs == within
+    assert any("are counted as often as the first sample runs them" in warning for warning in report.warnings)
+
+
 @pytest.mark.parametrize(("make", "op"), CASES, ids=lambda case: getattr(case, "__name__", ""))
 def test_what_a_body_sees_stays_and_the_rest_is_cut_exactly(make: Callable[[], onnx.ModelProto], op: str) -> None:
     model = make()

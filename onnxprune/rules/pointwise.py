@@ -47,8 +47,10 @@ def _choice(op: OpView) -> Relation | Refusal:
     """Of the condition nothing; the axes of both branches' results are those of the output, where they are as long."""
     out = op.out_sizes[0] or []
     results = [sizes for sizes in op.in_sizes[1:] if sizes is not None]
-    if not results or any(len(sizes) != len(out) for sizes in results):
-        return Refusal("If gives results of unlike ranks, or its branches cannot be laid open; export without them")
+    if not results:
+        return Refusal("If has branches that cannot be laid open; export without control flow")
+    if any(len(sizes) != len(out) for sizes in results):
+        return Refusal("If gives results of unlike ranks; export with fixed sizes, or without control flow")
     names = letters(op.out_shape())
     text = " ".join(n if all(r[k] == out[k] for r in results) else "1" for k, n in enumerate(names))
     return relate(["*", *[text] * len(results)], [text])
