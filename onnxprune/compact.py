@@ -90,6 +90,13 @@ def compact(net: Network, parts: Sequence[Part], data: BlockData) -> Compact | N
         if name in aside:
             return None
         cut(name, each.layer.data_axis % rank, np.flatnonzero(used))
+    for name, start, size in _passed(net, data):
+        left = between[start : start + size]
+        if not left.any():
+            left[0] = True  # of no channels, there is no tensor
+        if name in aside:
+            return None
+        cut(name, block.axis, np.flatnonzero(left))
     if any(known is None for known in cuts.values()):
         return None
     final = {name: known for name, known in cuts.items() if known is not None}
@@ -108,6 +115,19 @@ def compact(net: Network, parts: Sequence[Part], data: BlockData) -> Compact | N
         for p, layer, (r, c) in zip(parts, small.layers, places, strict=True)
     )
     return Compact(small, cut_parts, replace(data, held=held), places)
+
+
+def _passed(net: Network, data: BlockData) -> list[tuple[str, int, int]]:
+    """What a block puts beside the outputs of its inner layers, each with its first channel and how many it has."""
+    made, found, start = {i.start: i for i in net.block.inner}, [], 0
+    for name in net.block.concat.inputs if net.block.concat else ():
+        if start in made and made[start].made == name:
+            start += made[start].channels
+            continue
+        array = data.held[name] if name in data.held else net.graph.array(name)
+        found.append((name, start, array.shape[net.block.axis]))
+        start += array.shape[net.block.axis]
+    return found
 
 
 def _used(part: Part) -> np.ndarray:
@@ -163,11 +183,11 @@ def _small(
     def moved(layer: Layer) -> Layer:
         return replace(layer, node=node[layer.node.index])
 
-    start, inner = 0, []
+    inner = []
     for each, left in zip(block.inner, outs, strict=False):
         between = tuple(node[n.index] for n in each.between)
+        start = int((ins[-1] < each.start).sum())  # of what the outer layers read
         inner.append(Inner(moved(each.layer), each.unfolding, between, each.made, start, len(left)))
-        start += len(left)
     outer = tuple(replace(r, layer=moved(r.layer)) for r in block.outer)
     concat = node[block.concat.index] if block.concat else None
     return Network(small, net.runtime, Block(tuple(inner), outer, block.tensor, concat, block.axis, block.held))

@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from onnxprune.graph import Graph
 from onnxprune.precision import cast
-from onnxprune.probe import Shapes
+from onnxprune.probe import Shapes, size_nodes
 from onnxprune.runtime import Runtime
 from onnxprune.tensors import stored
 
@@ -62,6 +62,8 @@ class Segments:
         self.place = {index: k for k, index in enumerate(order)}
         self._last_use = {name: max(self.place[n.index] for n in readers) for name, readers in graph.consumers.items()}
         self._stored = set(graph.stored_names())
+        inside = size_nodes(graph, shapes.probes)[1] if shapes else set()
+        self._sizes = {name for index in inside for name in graph.nodes[index].outputs}  # whose first axis is no batch
 
     def frontier(self, cut: int) -> list[str]:
         """Tensors made before position ``cut`` of the order that a node at or after it reads."""
@@ -137,7 +139,7 @@ class Segments:
         known = self.shapes is not None and self.shapes.known(name)
         return [
             size
-            if axis and (not known or self.shapes is None or self.shapes.is_static(name, axis))
+            if (axis or name in self._sizes) and (not known or self.shapes is None or self.shapes.is_static(name, axis))
             else f"{name}_{axis}"
             for axis, size in enumerate(example.shape)
         ]

@@ -112,7 +112,7 @@ def prove_alike(flat: onnx.ModelProto, nested: onnx.ModelProto, feeds: list[Feed
     Raises:
         InternalError: they do not.
     """
-    runtime = replace(runtime, provider="cpu")
+    runtime = _suited([flat, nested], replace(runtime, provider="cpu"))
     have = {name for node in nested.graph.node for name in node.output}
     names = [name for node in flat.graph.node for name in node.output if name in have - {""}]
     for taken in (None, True, False):

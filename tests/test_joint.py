@@ -66,6 +66,14 @@ def expanding(g: Builder) -> str:
     return head(g, g.Concat(g.conv(y, 4, name="b"), g.Relu(g.conv(y, 3, k=1, name="d")), axis=1))
 
 
+def beside(g: Builder) -> str:
+    """A layer between two tensors that no layer of the block makes."""
+    x = image(g)
+    pooled = [g.node(op, x, kernel_shape=[3, 3], pads=[1] * 4) for op in ("MaxPool", "AveragePool")]
+    y = g.Concat(pooled[0], g.Relu(g.conv(x, 6, name="a")), pooled[1], axis=1)
+    return head(g, g.conv(y, 4, name="b"))
+
+
 def grouped(g: Builder) -> str:
     return head(g, g.conv(g.Relu(g.conv(image(g), 6, group=2, name="a")), 4, group=2, name="b"))
 
@@ -105,6 +113,7 @@ FOUND: dict[Callable[[Builder], str], list[tuple[str, str]]] = {
     plain: [("stem", "a"), ("a", "b")],
     gated: [("stem", "a"), ("a", "b")],
     expanding: [("stem", "a c"), ("a c", "b d")],
+    beside: [("a", "b")],
     grouped: [("stem", "a"), ("a", "b")],
     upwards: [("stem", "a"), ("a", "b")],
     tokens: [("stem", "a"), ("a", "b"), ("b", "c")],

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from onnxprune.graph import Graph
+from onnxprune.probe import probe
 from onnxprune.segments import Segments, late_order
 
 
@@ -161,6 +162,26 @@ def test_free_tensors_are_fed_at_every_call(which: str) -> None:
 def test_a_piece_takes_batches_of_other_sizes_than_its_example() -> None:
     piece = Segments(GRAPH, range(NODES), RUNTIME).piece(0, NODES, OUTPUTS, FEEDS[0])
     assert_close(piece.run(FEEDS[1]), whole(FEEDS[1]))
+
+
+def resized() -> onnx.ModelProto:
+    """An image brought to the size of another one, by sizes that are put together from two shapes."""
+    g = Builder(opset=13)
+    x = g.input("x", ["n", 3, "h", "w"])
+    small = g.MaxPool(g.Relu(x), kernel_shape=[2, 2], strides=[2, 2])
+    parts = [g.Slice(g.Shape(t), g.const([a]), g.const([a + 2])) for t, a in ((small, 0), (x, 2))]
+    return g.model(g.node("Resize", small, "", "", g.Concat(*parts, axis=0), mode="nearest"))
+
+
+@pytest.mark.parametrize("cut", range(8))
+def test_a_list_of_sizes_keeps_its_length(cut: int) -> None:
+    graph = Graph(resized())
+    shapes = probe(graph, RUNTIME)
+    segments = Segments(graph, range(len(graph.nodes)), RUNTIME, shapes)
+    for found in shapes.probes:
+        tensors = segments.piece(0, cut, segments.frontier(cut), found.feeds).run(found.feeds)
+        piece = segments.piece(cut, len(graph.nodes), graph.outputs, tensors)
+        assert [a.shape for a in piece.run(tensors).values()] == [found.shapes[n] for n in graph.outputs]
 
 
 # -------------------------------------------------------------------------------------------------------- the order
