@@ -9,7 +9,7 @@ import onnx
 import pytest
 from builder import Builder, pruned
 
-SAMPLES = 40
+SAMPLES = 48
 
 
 class Grower:
@@ -353,11 +353,33 @@ class Grower:
         out = self.pick(3, 5, 8)
         self.add(self.g.Gemm(x, self.g.weight(out, d), self.g.weight(out), transB=1), (n, out))
 
+    def branches(self) -> None:
+        """An If over two ways from one image to another, with a layer or two on each."""
+        x = self.any(4)
+        if x is None:
+            return
+        n, c, h, w = self.pool[x]
+        out, around, bodies = self.pick(3, 4, 6, c), self.g.nodes, {}
+        for branch in ("then_branch", "else_branch"):
+            self.g.nodes = []
+            y, width = self.g.Neg(x), c
+            for wide in (out,) if self.rng.random() < 0.5 else (self.pick(3, 5), out):
+                k = self.pick(1, 3)
+                y, width = self.g.Conv(y, self.g.weight(wide, width, k, k), pads=[k // 2] * 4), wide
+            given = [onnx.helper.make_empty_tensor_value_info(y)]
+            bodies[branch] = onnx.helper.make_graph(self.g.nodes, branch, [], given)
+        self.g.nodes = around
+        condition = self.g.input(self.g.name("condition"), [], onnx.TensorProto.BOOL)
+        made = self.g.node("If", condition, **bodies)
+        self.keep_scale(made, x)
+        self.add(made, (n, out, h, w))
+
     STEPS = (
         ("conv", 6), ("activation", 5), ("add_two", 3), ("concat", 2), ("split", 2), ("slice", 1), ("gather", 1),
         ("pad_channels", 1), ("gate", 2), ("shuffle", 2), ("pool_down", 1), ("resize", 1), ("depth_to_space", 1),
-        ("transposed_conv", 1), ("to_sequence", 1), ("linear", 2), ("attention", 1), ("layer_norm", 1),
+        ("transposed_conv", 1), ("to_sequence", 1), ("linear", 2), ("attention", 1), ("layer_norm", 2),
         ("to_vector", 1), ("gemm", 2), ("recurrent", 1), ("mix_tokens", 1), ("group_norm", 1), ("windows", 1),
+        ("branches", 1),
     )  # fmt: skip
 
     def grow(self, steps: int) -> onnx.ModelProto:
