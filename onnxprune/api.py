@@ -208,7 +208,7 @@ def collect(model: str | Path | onnx.ModelProto, *, progress: Progress | None = 
         InputError: the model, the data or an option cannot be used.
     """
     prepared = prepare(model, Settings(**options), progress or Progress())
-    with prepared.chooser.blas_threads():
+    with prepared.chooser.at_work(sweeping=False):
         prepared.gather()
     return prepared.gathered()
 
@@ -227,7 +227,7 @@ def _family(
     goals = [aim(prepared, each) for each in wanted]
     if journal is not None:
         prepared.keep(journal, speedups)
-    with prepared.chooser.blas_threads():
+    with prepared.chooser.at_work(sweeping=settings.reconstruct and prepared.kept is None):
         prepared.gather()
         shared = dict(progress.timings)
         return tuple(finish(prepared, goal, shared) for goal in goals)

@@ -1,9 +1,9 @@
 """Activations -> statistics, streamed: the network runs piece by piece, and only sums are kept.
 
 `collect` runs the original once and sums the Gram matrix of every reader; error curves and first selections follow from
-it. `Sweep` runs the original and the pruned network side by side, from reader to reader: a reader's target is what the
-original gave, its input what the network pruned so far gives (He et al. 2017, section 3.2), and at a residual sum the
-target is Y1 + Y2 - Y1', so that the shortcut's error is paid for in the branch (section 3.3).
+it. `Sweep` runs the pruned network from reader to reader: a reader's target is what the original gave, its input what
+the network pruned so far gives (He et al. 2017, section 3.2); at a residual sum the target is Y1 + Y2 - Y1', so that
+the shortcut's error is paid for in the branch (section 3.3).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnxprune.analysis import Analysis
+from onnxprune.answers import Answer, Answers
 from onnxprune.batches import Batches, sample_bytes
 from onnxprune.blocks import Block, BlockData
 from onnxprune.graph import Graph
@@ -23,9 +24,9 @@ from onnxprune.precision import NARROW, float32_copy, types
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader
 from onnxprune.runtime import Runtime
-from onnxprune.segments import Segments, late_order
+from onnxprune.segments import Piece, Segments, late_order
 from onnxprune.shelf import Shelf, Shelved
-from onnxprune.statistics import FOLDS, Statistics
+from onnxprune.statistics import FOLDS, Gram, Statistics, Sums
 from onnxprune.surroundings import Behind, Samples, look_behind
 from onnxprune.taking import Taking
 from onnxprune.unfold import out_positions
@@ -35,36 +36,57 @@ Arrays = dict[str, np.ndarray]  # new values of stored tensors, in their origina
 
 
 def collect(
-    analysis: Analysis, readers: Sequence[Reader], batches: Batches, runtime: Runtime, progress: Progress
+    analysis: Analysis,
+    readers: Sequence[Reader],
+    batches: Batches,
+    runtime: Runtime,
+    progress: Progress,
+    summed: int | None = None,
+    answers: Answers | None = None,
 ) -> list[list[Statistics]]:
     """Run the original over the data and sum up what every reader reads.
+
+    Args:
+        analysis: of the original.
+        readers: to sum up.
+        batches: the data.
+        runtime: how to run.
+        progress: advanced by the number of samples.
+        summed: the first so many records only.
+        answers: to fill on the way; they are on the same batches.
 
     Returns:
         per reader, per group of its convolution, the statistics of the original network: target X @ W.
     """
     segments = Segments(analysis.graph, range(len(analysis.graph.nodes)), runtime, analysis.shapes)
-    grams = [np.zeros((len(r.weights), r.width, r.width)) for r in readers]
+    grams = [[Gram(r.width) for _ in r.weights] for r in readers]
     rows = [0] * len(readers)
-    names = sorted({r.layer.data for r in readers} | {r.layer.output for r in readers if not _is_fixed(analysis, r)})
+    read = {r.layer.data for r in readers} | {r.layer.output for r in readers if not _is_fixed(analysis, r)}
+    names = sorted(read.union(answers.names if answers is not None else ()))
     piece = None
-    for batch in range(len(batches)):
+    for batch, part in enumerate(batches.parts):
+        mine = len(part) if summed is None else sum(record < summed for record in part)
+        count = mine if mine < len(part) else None  # a record of several samples is a batch of its own
         feeds = batches.feeds(batch)
         piece = piece or segments.piece(0, len(analysis.graph.nodes), names, feeds)
         found = piece.run(feeds)
         del feeds
-        for k, reader in enumerate(readers):
-            x = found[reader.layer.data]
+        if answers is not None:
+            answers.add(found)
+        for k, reader in enumerate(readers if mine else ()):
+            x = found[reader.layer.data][:count]
             fixed = _is_fixed(analysis, reader)
             shape = analysis.shapes.probes[0].shapes[reader.layer.output] if fixed else found[reader.layer.output].shape
             out = out_positions(reader.layer, shape)
             positions = batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
-            for g, part in enumerate(reader.unfolding.rows(x, positions, out)):
-                grams[k][g] += part.T @ part
+            for gram, unfolded in zip(grams[k], reader.unfolding.rows(x, positions, out), strict=True):
+                gram.add(unfolded)
             rows[k] += len(x) * len(positions)
-        del found, x  # before the next batch comes
-        progress.advance(len(batches.parts[batch]))
+            del x
+        del found  # before the next batch comes
+        progress.advance(len(part))
     return [
-        [Statistics.of_linear(gram, weights, rows[k]) for gram, weights in zip(grams[k], r.weights, strict=True)]
+        [Statistics.of_linear(gram.value, weights, rows[k]) for gram, weights in zip(grams[k], r.weights, strict=True)]
         for k, r in enumerate(readers)
     ]
 
@@ -87,17 +109,17 @@ def _nothing(_: Reader | Block) -> Arrays | None:
 
 
 class Sweep:
-    """The original and the pruned network side by side, from reader to reader.
+    """The pruned network from reader to reader, beside what the original gave there.
 
-    Both run in the original's shapes: a removed channel is one that no reader reads any more.
+    It runs in the original's shapes: a removed channel is one that no reader reads any more.
 
     Args:
         analysis: of the original.
         readers: to stop at, in graph order.
-        batches: the data.
+        answers: of the original, for these readers at least; found when they are needed, if they are not known yet. The
+            data are those that they are on, and their blocks are stopped at as well, behind their last reader.
         runtime: how to run.
         arrays: stored tensors that are changed from the start.
-        blocks: to stop at as well, behind their last reader.
         room: what all this may take.
         limiters: whether samples are kept for a fit to what comes out of the limiter behind a reader.
     """
@@ -106,10 +128,9 @@ class Sweep:
         self,
         analysis: Analysis,
         readers: Sequence[Reader],
-        batches: Batches,
+        answers: Answers,
         runtime: Runtime,
         arrays: Arrays,
-        blocks: Sequence[Block] = (),
         room: Room | None = None,
         limiters: bool = True,
     ) -> None:
@@ -117,8 +138,9 @@ class Sweep:
         self.room = room or Room.of(None, 0)
         self.used_files = False
         self.limiters = limiters
+        self.answers = answers
         self.analysis = analysis
-        self.batches = batches
+        self.batches = answers.batches
         self.arrays = dict(arrays)
         order = late_order(self.graph, {r.layer.node.index for r in readers})
         self.segments = Segments(self.graph, order, runtime, analysis.shapes)
@@ -127,7 +149,7 @@ class Sweep:
         self.cuts = [place[r.layer.node.index] for r in self.readers]
         stops = {r.index for r in self.readers}
         self.runtime = runtime
-        self.blocks = [b for b in blocks if batches.data.batchable and {r.index for r in b.outer} <= stops]
+        self.blocks = [v.block for v in answers.views.values() if {r.index for r in v.block.outer} <= stops]
         # what is fitted by small steps is computed in float32 at least
         narrow = self.blocks and (runtime.as_float32 or types(self.graph.model) & NARROW)
         self._wide = Graph(float32_copy(self.graph.model), self.graph.folder) if narrow else self.graph
@@ -141,17 +163,17 @@ class Sweep:
             fit: turns a reader's statistics (per group, per fold) into new stored tensors.
             fit_block: the same for a block and some samples of what it reads and should give.
             progress: advanced by one per reader.
-            recall: what an earlier run fitted to a reader or a block, where it came so far; both networks are then only
-                run on.
+            recall: what an earlier run fitted to a reader or a block, where it came so far; the network is then
+                only run on.
         """
         if not self.readers:
             return self.arrays
         with Shelf(self.room.frontier) as shelf, Shelf(self.room.rows) as rows:
-            here = self._frontier(self.cuts[0])
-            original = self._enter(here, {}, shelf)
-            # until something changes, both networks are one
-            pruned = self._enter(here, self.arrays, shelf) if self.arrays else list(original)
-            taking = {id(b): Taking(b, self.graph, self.batches, self.room.block) for b in self.blocks}
+            here, answers = self._frontier(self.cuts[0]), self.answers
+            if not answers.are_known:
+                collect(self.analysis, (), self.batches, self.runtime, Progress(), answers=answers)
+            pruned = self._enter(here, shelf)
+            taking = {id(b): Taking(answers.views[b.tensor]) for b in self.blocks}
             done = {id(b): recall(b) for b in self.blocks}
             for k, reader in enumerate(self.readers):
                 start, last = self.cuts[k], k + 1 == len(self.cuts)
@@ -160,22 +182,19 @@ class Sweep:
                 behind = self._behind(reader, here)
                 blocks = [b for b in self.blocks if reader in b.outer]
                 known = recall(reader)
-                folds, piece = self._empty(reader), None
+                folds = self._empty(reader)
                 # a block's fit, which follows, minds the limiter too, but few samples stop it early
                 alone = self.limiters and (not blocks or len(self.batches.data) < _FEW)
                 samples = Samples.of(behind, reader, len(self.batches.data), rows) if alone else None
-                for batch in range(len(original)):
-                    now, beside = shelf.get(original[batch]), shelf.get(pruned[batch])
-                    piece = piece or self.segments.piece(start, stop, [*ahead, reader.layer.output], now)
-                    found = piece.compute(now)
-                    output = found[reader.layer.output]
+                for batch, state in enumerate(pruned):
+                    tensors = shelf.get(state)
                     if known is None:
-                        self._add(folds, samples, reader, behind, batch, now, beside, output)
+                        self._add(folds, samples, reader, behind, batch, answers.at_positions(reader, batch), tensors)
                     for block in [b for b in blocks if done[id(b)] is None]:
-                        taking[id(block)].add(batch, reader, behind, output, now, beside)
-                    original[batch] = self._kept(original[batch], found, ahead, shelf)
-                    del found, output  # before the next batch comes
-                self.arrays |= fit(reader, folds, samples) if known is None else known
+                        taking[id(block)].add(batch, reader, behind, answers.in_view(reader, batch), tensors)
+                if known is None:
+                    known = fit(reader, [[sums.statistics for sums in part] for part in folds], samples)
+                self.arrays |= known
                 for block in [b for b in blocks if self._ends[id(b)] == start]:
                     taken, changed = taking.pop(id(block)), done[id(block)]
                     if changed is None:
@@ -188,7 +207,7 @@ class Sweep:
                     self._advance(start, stop, ahead, pruned, shelf)
                 here = ahead
                 progress.advance()
-            self.used_files = shelf.used_files or rows.used_files
+            self.used_files = shelf.used_files or rows.used_files or answers.shelf.used_files
         return self.arrays
 
     def _kept(self, old: Shelved, new: Tensors, names: Sequence[str], shelf: Shelf) -> Shelved:
@@ -219,11 +238,8 @@ class Sweep:
         """Run the pruned network again from a block's inner layers to its last reader."""
         nodes = self._moving(block)[0]
         made = {name for k in nodes for name in self.graph.nodes[k].outputs}
-        names, piece = [name for name in here if name in made], None
-        for batch, shelved in enumerate(states):
-            tensors = shelf.get(shelved)
-            piece = piece or self.segments.part(nodes, names, tensors, self.arrays)
-            states[batch] = self._kept(shelved, piece.compute(tensors), here, shelf)
+        names = [name for name in here if name in made]
+        self._run(self.segments.part(nodes, names, shelf.get(states[0]), self.arrays), here, states, shelf)
 
     def _behind(self, reader: Reader, here: Sequence[str]) -> Behind:
         behind, shapes = look_behind(self.graph, reader, set(here)), self.analysis.shapes
@@ -231,54 +247,50 @@ class Sweep:
             return replace(behind, residual="", limits=None)  # a broadcast sum is not followed
         return behind
 
-    def _enter(self, names: Sequence[str], arrays: Arrays, shelf: Shelf) -> list[Shelved]:
-        """Run a network from its inputs to the first reader."""
+    def _enter(self, names: Sequence[str], shelf: Shelf) -> list[Shelved]:
+        """Run the pruned network from its inputs to the first reader."""
         piece, states = None, []
         for batch in range(len(self.batches)):
             feeds = self.batches.feeds(batch)
-            piece = piece or self.segments.piece(0, self.cuts[0], names, feeds, arrays)
+            piece = piece or self.segments.piece(0, self.cuts[0], names, feeds, self.arrays)
             states.append(shelf.put(piece.run(feeds), self._bytes(names)))
         return states
 
     def _advance(self, start: int, stop: int, names: Sequence[str], states: list[Shelved], shelf: Shelf) -> None:
         """Run the pruned network on to the next reader."""
-        piece = None
+        piece = self.segments.piece(start, stop, names, shelf.get(states[0]), self.arrays)
+        self._run(piece, names, states, shelf)
+
+    def _run(self, piece: Piece, names: Sequence[str], states: list[Shelved], shelf: Shelf) -> None:
         for batch, shelved in enumerate(states):
-            tensors = shelf.get(shelved)
-            piece = piece or self.segments.piece(start, stop, names, tensors, self.arrays)
-            states[batch] = self._kept(shelved, piece.compute(tensors), names, shelf)
+            states[batch] = self._kept(shelved, piece.compute(shelf.get(shelved)), names, shelf)
 
     def _bytes(self, names: Sequence[str]) -> int:
-        """What a frontier of both networks takes."""
-        return 2 * len(self.batches.data) * sample_bytes(self.analysis, names)
+        """What a frontier takes."""
+        return len(self.batches.data) * sample_bytes(self.analysis, names)
 
-    def _empty(self, reader: Reader) -> list[list[Statistics]]:
+    def _empty(self, reader: Reader) -> list[list[Sums]]:
         group, width, outputs = reader.weights.shape
-        return [[Statistics.empty(width, outputs) for _ in range(FOLDS)] for _ in range(group)]
+        return [[Sums(width, outputs) for _ in range(FOLDS)] for _ in range(group)]
 
     def _add(
         self,
-        folds: list[list[Statistics]],
+        folds: list[list[Sums]],
         samples: Samples | None,
         reader: Reader,
         behind: Behind,
         batch: int,
-        original: Tensors,
+        answer: Answer,
         pruned: Tensors,
-        output: np.ndarray,
     ) -> None:
         """Add a batch: what the pruned network reads here, and what the original gave."""
-        x = pruned[reader.layer.data]
-        out = out_positions(reader.layer, output.shape)
+        x, target, out = pruned[reader.layer.data], answer.output, answer.out
         positions = self.batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
-        target = reader.unfolding.targets(output, positions)
         shortcut: np.ndarray | None = None
-        if behind.residual:
-            here, there = original[behind.residual], pruned[behind.residual]
-            shortcut = reader.unfolding.targets(there, positions)
-            if here is not there:
-                gap = reader.unfolding.targets(here, positions) - shortcut
-                target = target + behind.before_scale(gap, (len(gap), 1, -1))
+        if behind.residual and answer.residual is not None:
+            shortcut = reader.unfolding.targets(pruned[behind.residual], positions)
+            gap = answer.residual - shortcut
+            target = target + behind.before_scale(gap, (len(gap), 1, -1))
         # samples take turns between the folds; a record of several samples parts them
         first, each = self.batches.parts[batch][0], target.shape[1] // len(x)
         fold = (first + np.arange(len(x))) % FOLDS

@@ -22,7 +22,7 @@ with contextlib.suppress(ImportError):  # there may be no wheel for it
 
 MIB = 1 << 20
 # more than this is of no use to a part
-_BATCH, _FRONTIER, _ROWS, _BLOCK = 128 * MIB, 512 * MIB, 256 * MIB, 384 * MIB
+_BATCH, _FRONTIER, _ANSWERS, _ROWS, _BLOCK = 128 * MIB, 256 * MIB, 256 * MIB, 256 * MIB, 384 * MIB
 _LEAST = 64 * MIB  # to be left for the parts
 _CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
@@ -35,6 +35,7 @@ class Room:
         limit: of the resident memory of the process.
         batch: activations of a batch, and what is made of them.
         frontier: a frontier; a larger one stands in files.
+        answers: what the original gives where layers are fitted; more of it stands in files.
         rows: rows kept for the fit of one layer; more of them stand in files.
         block: what the fit of a block looks at, unfolded.
     """
@@ -42,6 +43,7 @@ class Room:
     limit: int
     batch: int = _BATCH
     frontier: int = _FRONTIER
+    answers: int = _ANSWERS
     rows: int = _ROWS
     block: int = _BLOCK
 
@@ -66,9 +68,10 @@ class Room:
                 f" libraries, {text(sums)} by the sums over the samples), found {text(limit)}; try --memory"
                 f" {text(taken + 2 * _LEAST)}"
             )
-        batch, frontier, rows, block = (min(most, left // part) for most, part in zip(_MOST, _PARTS, strict=True))
+        parts = zip(_MOST, _PARTS, strict=True)
+        batch, frontier, answers, rows, block = (min(most, left // part) for most, part in parts)
         # unless asked for, what comes out does not depend on the machine
-        return Room(limit, batch, frontier, rows, block if asked else _BLOCK)
+        return Room(limit, batch, frontier, answers, rows, block if asked else _BLOCK)
 
     def is_short(self, part: str) -> bool:
         """Whether a part gets less than it has a use for."""
@@ -89,8 +92,8 @@ class Room:
             )
 
 
-_MOST = (_BATCH, _FRONTIER, _ROWS, _BLOCK)
-_PARTS = (5, 6, 6, 8)  # the fit of a block works with several copies
+_MOST = (_BATCH, _FRONTIER, _ANSWERS, _ROWS, _BLOCK)
+_PARTS = (5, 12, 12, 6, 8)  # the fit of a block works with several copies
 
 
 def give_back() -> None:

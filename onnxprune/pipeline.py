@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from onnxprune import blas, budget
 from onnxprune.analysis import Analysis, GroupInfo
+from onnxprune.answers import Answers
 from onnxprune.batches import LARGEST, Batches, batch_size, enough, rows_bytes, sample_bytes
 from onnxprune.blocks import BlockData, find_blocks
 from onnxprune.calibrate import Arrays, Sweep, collect
@@ -20,6 +21,7 @@ from onnxprune.compact import compact
 from onnxprune.costs import Several
 from onnxprune.data import Calibration
 from onnxprune.effort import THOROUGH, Effort
+from onnxprune.errors import InternalError
 from onnxprune.joint import Network, Part, current, fit_block, stored_tensors
 from onnxprune.journal import Journal
 from onnxprune.layers import Layer
@@ -32,6 +34,7 @@ from onnxprune.runtime import Runtime
 from onnxprune.select import Problem, Ranking
 from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights
 from onnxprune.sensitivity import Variants, measure
+from onnxprune.shelf import Shelf
 from onnxprune.statistics import Statistics
 from onnxprune.steps import Steps
 from onnxprune.surroundings import Behind, Samples
@@ -67,6 +70,7 @@ class Chooser:
     notes: list[str] = field(default_factory=list)  # for the report
     damage: list[tuple[list[int], list[float]]] | None = None  # per group, kept counts and what they do to the output
     priced: list[np.ndarray] | None = None  # per group, damage for every kept count
+    answers: Answers | None = None  # of the original, for the sweeps
     journal: Journal = field(default_factory=Journal)  # of what is finished
 
     def __post_init__(self) -> None:
@@ -81,18 +85,31 @@ class Chooser:
         count = self.effort.damage_samples(len(self.data), len(self.analysis.groups))
         self.first, self.pricing = self.data.split(count) if count else (self.data, self.data)
 
-    def blas_threads(self) -> AbstractContextManager[None]:
-        """As many as the readers' widths call for."""
-        return blas.threads(max((r.width for r in self.readers), default=0), self.runtime.threads)
+    @contextmanager
+    def at_work(self, sweeping: bool) -> Iterator[None]:
+        """Limit BLAS as the readers' widths call for; if sweeps follow, keep what they need of the original."""
+        widest = max((r.width for r in self.readers), default=0)
+        with blas.threads(widest, self.runtime.threads), Shelf(self.room.answers) as shelf:
+            if sweeping:
+                held = sorted({name for r in self.readers for name in (r.layer.data, r.layer.output)})
+                batches = self._batches(self._fitted_to, self.readers, held)
+                blocks = find_blocks(self.analysis, self.readers) if self.effort.together else ()
+                self.answers = Answers(self.analysis, self.readers, blocks, batches, self.room.block, shelf)
+            yield
 
     # ------------------------------------------------------------------------------------ statistics and ranks
 
     def collect(self) -> None:
         """Sum up what every reader of a group reads in the original network."""
         chosen = [r for r in self.readers if r.columns]
-        batches = self._batches(self.first, chosen, sorted({r.layer.data for r in chosen}))
-        with self.progress.stage("calibrate", len(self.first)):
+        answers = None if self.dask or self._fitted_to is not self.data else self.answers
+        if answers is None:
+            data, batches = self.first, self._batches(self.first, chosen, sorted({r.layer.data for r in chosen}))
             run = functools.partial(collect_on, self.dask) if self.dask else collect
+        else:  # what sweeps need comes with it
+            data, batches = self.data, answers.batches
+            run = functools.partial(collect, summed=len(self.first), answers=answers)
+        with self.progress.stage("calibrate", len(data)):
             found = run(self.analysis, chosen, batches, self.runtime, self.progress) if chosen else []
         self.statistics = {r.index: s for r, s in zip(chosen, found, strict=True)}
 
@@ -222,15 +239,15 @@ class Chooser:
 
         May be asked again with other counts: nothing is left of what was chosen before.
         """
+        answers = self.answers
+        if answers is None:
+            raise InternalError("a sweep outside of `at_work`")
         silent, arrays = self._start(counts)
         pending = self._chosen_on_the_way(counts)
         for group in pending:
             del self.kept[group]
         cut = [r for r in self.readers if not r.columns or self._is_cut(r, counts)]
-        thorough = self.effort.together
-        blocks = find_blocks(self.analysis, self.readers) if thorough else ()
-        batches = self._batches(self._enough(cut), cut, sorted({r.layer.data for r in cut}))
-        runner = Sweep(self.analysis, cut, batches, self.runtime, arrays, blocks, self.room, limiters=thorough)
+        runner = Sweep(self.analysis, cut, answers, self.runtime, arrays, self.room, self.effort.together)
         steps = Steps(self, counts, pending)
 
         def fit_reader(reader: Reader, folds: list[list[Statistics]], samples: Samples | None) -> Arrays:
@@ -250,16 +267,16 @@ class Chooser:
 
         with self.progress.stage("reconstruct", len(cut)):
             found = runner.run(steps.reader(fit_reader), steps.block(self._fit_block), self.progress, steps.recall)
-        self._say_what_was_adapted(batches, runner)
+        if (count := len(self._fitted_to)) < len(self.data):
+            self._say(f"the weights were fitted to {count} of the {len(self.data)} samples: more would change little")
+        self._say_what_was_adapted(answers.batches, runner)
         return found
 
-    def _enough(self, readers: Sequence[Reader]) -> Calibration:
+    @functools.cached_property
+    def _fitted_to(self) -> Calibration:
         """The first samples of the data, as many as the fits have a use for."""
-        count = enough(self.analysis, readers, self.effort.thinned)
-        if count >= len(self.data):
-            return self.data
-        self._say(f"the weights were fitted to {count} of the {len(self.data)} samples: more would change little")
-        return self.data.split(len(self.data) - count)[0]
+        count = enough(self.analysis, self.readers, self.effort.thinned)
+        return self.data if count >= len(self.data) else self.data.split(len(self.data) - count)[0]
 
     def _say_what_was_adapted(self, batches: Batches, runner: Sweep) -> None:
         """What is done otherwise, for want of memory, than it would be done."""

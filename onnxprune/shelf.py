@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 
+class _File:
+    """A file, removed with the last reference to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        weakref.finalize(self, path.unlink, missing_ok=True)
+
+
+@dataclass(frozen=True, eq=False)
 class _OnDisk:
-    """An array in a file of its own, removed with the last reference to it.
+    """An array in a file.
 
     It is read as a whole rather than mapped: pages of a mapped file would count as the process' own. Its type stays:
     what is computed must not depend on where a tensor stands.
     """
 
-    def __init__(self, array: np.ndarray, path: Path) -> None:
-        self.path, self.dtype, self.shape = path, array.dtype, array.shape
-        array.tofile(path)
-        weakref.finalize(self, path.unlink, missing_ok=True)
+    file: _File
+    start: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
 
     def read(self) -> np.ndarray:
-        return np.fromfile(self.path, self.dtype).reshape(self.shape)
+        count = math.prod(self.shape)
+        return np.fromfile(self.file.path, self.dtype, count, offset=self.start).reshape(self.shape)
 
 
 Shelved = Mapping[str, "np.ndarray | _OnDisk"]
@@ -54,11 +66,16 @@ class Shelf:
         if together <= self.limit:
             return dict(tensors)
         self.used_files = True
-        folder = Path(self._folder.name)
-        return {  # of strings, only the references could be written
-            name: array if array.dtype.hasobject else _OnDisk(array, folder / str(next(self._numbers)))
-            for name, array in tensors.items()
-        }
+        found: dict[str, np.ndarray | _OnDisk] = {}
+        file = _File(Path(self._folder.name) / str(next(self._numbers)))
+        with file.path.open("wb") as stream:
+            for name, array in tensors.items():
+                if array.dtype.hasobject:  # of strings, only the references could be written
+                    found[name] = array
+                    continue
+                found[name] = _OnDisk(file, stream.tell(), array.dtype, array.shape)
+                array.tofile(stream)
+        return found
 
     @staticmethod
     def get(shelved: Shelved) -> Mapping[str, np.ndarray]:
@@ -73,6 +90,9 @@ class _Opened(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         found = self._shelved[name]
         return found.read() if isinstance(found, _OnDisk) else found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shelved  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shelved)

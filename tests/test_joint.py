@@ -12,8 +12,9 @@ from builder import RUNTIME, Builder, analysed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxprune import taking
+from onnxprune import views
 from onnxprune.analysis import Analysis
+from onnxprune.answers import Answer
 from onnxprune.batches import Batches
 from onnxprune.blocks import Block, BlockData, find_blocks
 from onnxprune.data import InputSpec, load_calibration
@@ -36,6 +37,7 @@ from onnxprune.reconstruct import Saturation
 from onnxprune.surroundings import look_behind
 from onnxprune.taking import Taking
 from onnxprune.unfold import Unfolding
+from onnxprune.views import View
 
 # ------------------------------------------------------------------------------------------------------ the networks
 
@@ -270,15 +272,17 @@ def test_windows_give_what_the_whole_gives(make: Callable[[Builder], str], k: in
     before = dict(case.data.held) | {case.block.tensor: tensor}
     eight = load_calibration(np.zeros((8, 1), np.float32), [InputSpec("x", (None, 1), np.dtype("float32"))])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(taking, "SIDE", side)
-        patch.setattr(taking, "ROWS", 1)
-        taken = Taking(case.block, case.analysis.graph, Batches(eight, 4, 0), 1 << 30)
-        patch.setattr(taken, "_plan", lambda whole, output: (Taking._plan(taken, whole, output)[0], 1))
+        patch.setattr(views, "SIDE", side)
+        patch.setattr(views, "ROWS", 1)
+        view = View(case.block, case.analysis.graph, Batches(eight, 4, 0), 1 << 30)
+        patch.setattr(view, "_plan", lambda whole, output: (View._plan(view, whole, output)[0], 1))
+        view.settle(tensor, outputs[0])
+        taken = Taking(view)
         for reader, y in zip(case.block.outer, outputs, strict=True):
             behind = look_behind(case.analysis.graph, reader, set())
             for batch, part in enumerate((np.arange(4), np.arange(4, 8))):
-                now = {n: a[part] for n, a in before.items()}
-                taken.add(batch, reader, behind, y[part], now, now)
+                answer = Answer(view.given(batch, reader, y[part]), None, ())
+                taken.add(batch, reader, behind, answer, {n: a[part] for n, a in before.items()})
     data = taken.data()
     found = Network(case.analysis.graph, RUNTIME, case.block).run(data, case.weights)[2]
     whole = math.prod(tensor.shape) > math.prod(next(iter(data.held.values())).shape[:1]) and all(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxprune.reconstruct import RIDGES, fit, solve
-from onnxprune.statistics import Statistics
+from onnxprune.statistics import Statistics, Sums
 
 COLUMNS, OUTPUTS = 8, 3  # the last column is the bias
 
@@ -21,9 +21,9 @@ def rows(count: int, rng: np.random.Generator, columns: int = COLUMNS) -> np.nda
 
 
 def summed(x: np.ndarray, y: np.ndarray) -> Statistics:
-    found = Statistics.empty(x.shape[1], y.shape[1])
-    found.add(x, y)
-    return found
+    sums = Sums(x.shape[1], y.shape[1])
+    sums.add(x, y)
+    return sums.statistics
 
 
 def halves(x: np.ndarray, y: np.ndarray) -> list[Statistics]:

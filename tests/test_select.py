@@ -18,7 +18,7 @@ from onnxprune.errors import InputError
 from onnxprune.select import Problem, Ranking, greedy, lasso, ordered, wanda
 from onnxprune.select.greedy import DAMPING
 from onnxprune.selection import FROM_ACTIVATIONS, METHODS, rank
-from onnxprune.statistics import Statistics
+from onnxprune.statistics import Statistics, Sums
 
 UNITS, TAPS, OUTPUTS, ROWS = 5, 2, 3, 60
 
@@ -46,8 +46,9 @@ class Samples:
 
     @property
     def problem(self) -> Problem:
-        statistics = Statistics.empty(self.x.shape[1], self.y.shape[1])
-        statistics.add(self.x, self.y)
+        sums = Sums(self.x.shape[1], self.y.shape[1])
+        sums.add(self.x, self.y)
+        statistics = sums.statistics
         return Problem(statistics, self.weights, self.columns, self.active, self.scale)
 
     @property

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from onnxprune.graph import Graph
 from onnxprune.layers import Layer, layer_of
-from onnxprune.statistics import Statistics
+from onnxprune.statistics import Gram, Statistics, Sums
 from onnxprune.unfold import Unfolding, from_matrices, out_positions, sample_positions, to_matrices
 
 # name: operator, input, weight, attributes
@@ -255,9 +255,9 @@ def draws(rows: int, seed: int = 0, dtype: type = np.float64) -> tuple[np.ndarra
 
 
 def summed(x: np.ndarray, y: np.ndarray) -> Statistics:
-    found = Statistics.empty(x.shape[1], y.shape[1])
-    found.add(x, y)
-    return found
+    sums = Sums(x.shape[1], y.shape[1])
+    sums.add(x, y)
+    return sums.statistics
 
 
 def assert_same(a: Statistics, b: Statistics, rtol: float) -> None:
@@ -271,14 +271,32 @@ def assert_same(a: Statistics, b: Statistics, rtol: float) -> None:
 def test_batches_add_up(dtype: type, rtol: float) -> None:
     x, y = draws(50, dtype=dtype)
     parts = [summed(x[a:b], y[a:b]) for a, b in ((0, 7), (7, 30), (30, 50))]
-    streamed = Statistics.empty(7, 3)
+    sums = Sums(7, 3)
     for a, b in ((0, 7), (7, 30), (30, 50)):
-        streamed.add(x[a:b], y[a:b])
+        sums.add(x[a:b], y[a:b])
+    streamed = sums.statistics
     whole = Statistics(
         x.T @ x.astype(np.float64), x.T @ y.astype(np.float64), np.square(y, dtype=np.float64).sum(0), 50
     )
     assert_same(parts[0] + parts[1] + parts[2], whole, rtol)
     assert_same(streamed, whole, rtol)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("order", ["C", "F", "neither"])
+@pytest.mark.parametrize("together", [1, 20, 1000])
+def test_a_gram_matrix_comes_from_rows_in_any_order(
+    dtype: type, order: str, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxprune.statistics._TOGETHER", together)
+    x = np.random.default_rng(0).standard_normal((50, 7)).astype(dtype)
+    gram = Gram(7)
+    for a, b in ((0, 7), (7, 7), (7, 30), (30, 50)):
+        part = np.repeat(x[a:b], 2, axis=1)[:, ::2] if order == "neither" else x[a:b].copy(order)
+        gram.add(part)
+    expected = x.astype(np.float64).T @ x.astype(np.float64)
+    np.testing.assert_allclose(gram.value, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(gram.value, gram.value.T)
 
 
 @given(st.integers(0, 1000))
