@@ -3,7 +3,7 @@
     python benchmarks/calibration.py [--part stages,memory,growth,datafree,startup] [--shared ../shared]
 
 stages: one plain pass of onnxruntime over N images, and everything that `--speedup 2` does with as many (by default and
-with `--quick`, which takes 2,000 of them at most), in one process: the ratio of the two, and where the time goes.
+with `--quick`, which takes 1,000 of them at most), in one process: the ratio of the two, and where the time goes.
 memory: peak resident memory of a process that prunes, over the number of images, and with `--memory 512MiB`.
 growth: seconds over the number of images (a straight line through them, and what it misses by) and over the depth of
 the network (the exponent of a power law).

@@ -97,7 +97,7 @@ def prune(
         shapes: deployed sizes: whole shapes of inputs, by name; those of a sample where none is given.
         batch: deployed size of the open first axis of the inputs.
         data: calibration data (see `onnxprune.data`); nothing means a neighbour of the file, or random data.
-        samples: how many of them to use at most; 5,000 if not given (He et al. 2017 took as many), 2,000 if ``quick``.
+        samples: how many of them to use at most; 5,000 if not given (He et al. 2017 took as many), 1,000 if ``quick``.
         batch_size: samples per run, 64 at most; chosen by memory if not given.
         memory: bytes of resident memory that the process may take (None: what it takes, and half of what is free).
         dask: address of a Dask scheduler whose workers collect the statistics, or local:N.
@@ -109,7 +109,7 @@ def prune(
             activations are looked at (by one threshold for slimming), "uniform" the same share of every group,
             "papers" as He et al. 2017 did it for VGG-16 (see `onnxprune.budget.by_stage`).
         reconstruct: fit the remaining weights again by least squares.
-        quick: fit every layer once and by itself, to 2,000 samples if not said otherwise: several times faster, and
+        quick: fit every layer once and by itself, to 1,000 samples if not said otherwise: several times faster, and
             less accurate.
         only: regular expression; only layers with such a node name are made narrower.
         exclude: regular expression; layers with such a node name are left as they are.
