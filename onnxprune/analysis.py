@@ -19,7 +19,7 @@ from onnxprune.macs import MacTerm, all_terms, holds_macs
 from onnxprune.positions import VARYING, AxisId, Kind, Seed, Statement
 from onnxprune.probe import Shapes
 from onnxprune.remedies import remedy
-from onnxprune.rules.base import OpView
+from onnxprune.rules.base import TURN, OpView
 
 _SAMPLED = "sampled"  # the letter of an input's channels of which a convolution reads some
 _NO_CHANNELS = (Kind.ONE, Kind.DYNAMIC)  # nothing is lost where these stay
@@ -113,12 +113,14 @@ def view(node: Node, graph: Graph, shapes: Shapes, which: int = 0) -> OpView:
         found = value(name)
         return found if found is not None else order[0].values.get(name)
 
-    version, operands = graph.opsets.get(node.domain, 1), (*node.inputs, *node.captured)
+    version, operands, attributes = graph.opsets.get(node.domain, 1), node.operands, dict(node.attributes)
+    if node.turn is not None:
+        attributes[TURN] = (len(node.inputs), len(node.turn[0]))
     return OpView(
         node.op,
         node.domain,
         version,
-        node.attributes,
+        attributes,
         tuple(sizes(n) for n in operands),
         tuple(sizes(n) for n in node.outputs),
         tuple(value(n) for n in operands),
@@ -130,9 +132,9 @@ def view(node: Node, graph: Graph, shapes: Shapes, which: int = 0) -> OpView:
 def state(node: Node, graph: Graph, shapes: Shapes) -> Statement:
     """What a node says; a refusal where the table has no row, or its tensors were never seen."""
     relation: BoundRelation | Refusal
-    operands = (*node.inputs, *node.captured)
+    operands = node.operands
     missing = [n for n in (*operands, *node.outputs) if n and not shapes.known(n)]
-    if node.captured and not node.choice:
+    if node.captured and not node.choice and node.turn is None:
         # the branches of an If would have to be cut alike, and what a Loop carries as it was before the first turn
         relation = Refusal(
             f"{node.op} has a body, and channels that cross into a body stay; export without control flow"
@@ -141,6 +143,8 @@ def state(node: Node, graph: Graph, shapes: Shapes) -> Statement:
         relation = Refusal(f"the shape of {missing[0]} is not known")
     else:
         relation = rules.describe(view(node, graph, shapes))
+        if node.entry and not isinstance(relation, Refusal):
+            relation = replace(relation, zero=())
     return Statement(node.label, node.op, relation, operands, node.outputs, not missing)
 
 

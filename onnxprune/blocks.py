@@ -159,7 +159,7 @@ def _unfolding(analysis: Analysis, layer: Layer) -> Unfolding | None:
     """How an inner layer reads; None where its weights are shared, too wide or no numbers."""
     graph, shapes = analysis.graph, analysis.shapes
     stored = [name for name in (layer.weight, layer.bias) if name]
-    if any(sum(n.inputs.count(name) for n in graph.consumers[name]) > 1 for name in stored):
+    if any(sum((*n.inputs, *n.captured).count(name) for n in graph.consumers[name]) > 1 for name in stored):
         return None
     weight = graph.stored(layer.weight)
     if not is_float(graph.array(layer.weight).dtype):

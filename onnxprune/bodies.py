@@ -8,31 +8,29 @@ came from; what was inserted for it goes with it. Names that two branches use al
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
 
-from onnxprune.branches import inline_branch
-from onnxprune.graph import Graph, captured, is_choice
-from onnxprune.normalise import normalise, unshare
-from onnxprune.runtime import Runtime
+from onnxprune.graph import captured, is_choice
 from onnxprune.tensors import bodies, graphs
 
 _BRANCHES = ("then_branch", "else_branch")
 
 
 @dataclass(frozen=True, eq=False)
-class Branch:
-    """One branch of an open `If`.
+class Body:
+    """A body that is laid open.
 
     Attributes:
-        attribute: which one.
+        attribute: that holds it.
         graph: as it was, without its nodes and stored tensors.
-        names: of the tensors that are its own: in the open graph, and in the branch.
+        names: of the tensors that are its own: in the open graph, and in the body.
         results: what it gives, as the open graph calls it.
         labels: of its nodes that got another name in the open graph, their own.
+        aliases: tensors from outside that the open graph has in place of some of its own, and those.
     """
 
     attribute: str
@@ -40,6 +38,7 @@ class Branch:
     names: Mapping[str, str]
     results: tuple[str, ...]
     labels: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,82 +48,18 @@ class OpenIf:
     Attributes:
         node: as it was, its branches emptied.
         outer: tensors that the nodes around it make.
-        branches: both of them.
+        bodies: both branches.
     """
 
     node: onnx.NodeProto
     outer: frozenset[str]
-    branches: tuple[Branch, Branch]
-
-
-@dataclass(frozen=True, eq=False)
-class Flat:
-    """A model whose branches are laid open.
-
-    Attributes:
-        model: computes what the nested one does, as far as both branches run on the same data.
-        copies: constants that were copied for their users, and of what.
-        opened: in the order in which they were opened.
-    """
-
-    model: onnx.ModelProto
-    copies: Mapping[str, str]
-    opened: tuple[OpenIf, ...]
-
-    def closed(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """A model that was made from the open one, its branches put back; the model itself where there are none."""
-        if not self.opened:
-            return model
-        nested = onnx.ModelProto()
-        nested.CopyFrom(model)
-        for each in reversed(self.opened):
-            _close(nested, each)
-        return nested
-
-    @property
-    def inner(self) -> frozenset[str]:
-        """Tensors of the branches, as they call them."""
-        return frozenset(name for each in self.opened for b in each.branches for name in b.names.values())
-
-    def own_name(self, tensor: str) -> str:
-        """What the nested model calls a tensor."""
-        return next((b.names[tensor] for each in self.opened for b in each.branches if tensor in b.names), tensor)
-
-
-def forms(graph: Graph, runtime: Runtime) -> list[Flat]:
-    """A model, normalised, with its branches laid open where it has some, and as it is.
-
-    The second serves where branches do not run on data that are not meant for them.
-    """
-    model, copies = normalise(graph, runtime)
-    plain, flat = Flat(model, copies, ()), flatten(model, copies)
-    return [flat, plain] if flat.opened else [plain]
-
-
-def flatten(model: onnx.ModelProto, copies: Mapping[str, str]) -> Flat:
-    """Lay open every `If` of a normalised model that can be; weights that branches move about stay where they are.
-
-    Args:
-        model: is left as it is.
-        copies: constants that normalisation copied, and of what.
-    """
-    flat = onnx.ModelProto()
-    flat.CopyFrom(model)
-    opened = []
-    while (found := _open_next(flat)) is not None:
-        opened.append(found)
-        while inline_branch(flat):
-            pass
-    if not opened:
-        return Flat(model, copies, ())
-    more = unshare(flat)
-    return Flat(flat, {**copies, **{copy: copies.get(origin, origin) for copy, origin in more.items()}}, tuple(opened))
+    bodies: tuple[Body, ...]
 
 
 # ------------------------------------------------------------------------------------------------------------ open
 
 
-def _open_next(model: onnx.ModelProto) -> OpenIf | None:
+def open_next(model: onnx.ModelProto) -> OpenIf | None:
     """Lay open the first `If` of the main graph that can be, in place."""
     if model.ir_version < 4:  # a stored tensor of a branch would become an input of the model
         return None
@@ -132,10 +67,15 @@ def _open_next(model: onnx.ModelProto) -> OpenIf | None:
     for index, node in enumerate(model.graph.node):
         if node.op_type != "If" or node.domain not in ("", "ai.onnx") or is_choice(node):
             continue
-        defined = defined or Counter(name for graph in graphs(model) for name in _defined(graph))
+        defined = defined or all_names(model)
         if _can_open(node, defined):
             return _open(model, index, defined)
     return None
+
+
+def all_names(model: onnx.ModelProto) -> Counter[str]:
+    """How many graphs of a model give a tensor some name."""
+    return Counter(name for graph in graphs(model) for name in _defined(graph))
 
 
 def _defined(graph: onnx.GraphProto) -> Iterator[str]:
@@ -146,7 +86,8 @@ def _defined(graph: onnx.GraphProto) -> Iterator[str]:
     yield from (name for node in graph.node for name in node.output if name)
 
 
-def _stored(graph: onnx.GraphProto) -> set[str]:
+def stored_names(graph: onnx.GraphProto) -> set[str]:
+    """Names of initializers and of what Constants give."""
     return {t.name for t in graph.initializer} | {n.output[0] for n in graph.node if n.op_type == "Constant"}
 
 
@@ -154,8 +95,12 @@ def _can_open(node: onnx.NodeProto, defined: Counter[str]) -> bool:
     """Whether the branches hold nodes and dense tensors, each of which the report can call by its name."""
     both = list(bodies(node))
     alike = all(len(body.output) == len(node.output) and not body.input for body in both)
-    dense = not any(body.sparse_initializer for body in both)
-    return len(both) == 2 and alike and dense and all(defined[n] == 1 for body in both for n in _stored(body))
+    return len(both) == 2 and alike and all(can_lay_out(body, defined) for body in both)
+
+
+def can_lay_out(body: onnx.GraphProto, defined: Counter[str]) -> bool:
+    """Whether a body stores dense tensors alone, each under a name that nothing else has."""
+    return not body.sparse_initializer and all(defined[name] == 1 for name in stored_names(body))
 
 
 def _open(model: onnx.ModelProto, index: int, defined: Counter[str]) -> OpenIf:
@@ -167,34 +112,8 @@ def _open(model: onnx.ModelProto, index: int, defined: Counter[str]) -> OpenIf:
     inserted: list[onnx.NodeProto] = []
     branches = []
     for attribute in (a for name in _BRANCHES for a in node.attribute if a.name == name):
-        body, fresh = attribute.g, {}
-        for name in _defined(body):
-            new, count = name, 1
-            while defined[new] > (1 if new == name else 0):
-                new, count = f"{name}_{count}", count + 1
-            if new != name:
-                defined[name] -= 1
-                defined[new] += 1
-            fresh[name] = new
-        rename(body, fresh)
-        labels = _unlike_labels(body, labelled)
-        inserted += body.node
-        model.graph.initializer.extend(body.initializer)
-        described = {value.name for value in body.value_info}
-        own = set(fresh.values()) - described
-        more = [v for v in body.output if v.name in own and v.type.HasField("tensor_type")]
-        model.graph.value_info.extend([*body.value_info, *more])
-        branch = Branch(
-            attribute.name,
-            onnx.GraphProto(name=body.name, doc_string=body.doc_string),
-            {new: old for old, new in fresh.items()},
-            tuple(value.name for value in body.output),
-            labels,
-        )
-        branch.graph.output.extend(body.output)
-        branch.graph.value_info.extend(v for v in body.value_info if v.name not in branch.names)
-        branch.graph.metadata_props.extend(body.metadata_props)
-        branches.append(branch)
+        branches.append(lay_out(model, attribute, defined, labelled))
+        inserted += attribute.g.node
     for k, output in enumerate(node.output):
         if output:
             inserted.append(_choice(node, k, [(b.attribute, b.graph.output[k]) for b in branches], defined))
@@ -202,7 +121,39 @@ def _open(model: onnx.ModelProto, index: int, defined: Counter[str]) -> OpenIf:
         model.graph.node.insert(index + k, each)
     for attribute in node.attribute:
         attribute.ClearField("g")
-    return OpenIf(node, outer, (branches[0], branches[1]))
+    return OpenIf(node, outer, tuple(branches))
+
+
+def lay_out(model: onnx.ModelProto, attribute: onnx.AttributeProto, defined: Counter[str], labelled: set[str]) -> Body:
+    """Give the tensors and nodes of a body names of their own, in place, and its stored tensors to the model."""
+    body, fresh = attribute.g, {}
+    for name in _defined(body):
+        new, count = name, 1
+        while defined[new] > (1 if new == name else 0):
+            new, count = f"{name}_{count}", count + 1
+        if new != name:
+            defined[name] -= 1
+            defined[new] += 1
+        fresh[name] = new
+    rename(body, fresh)
+    labels = _unlike_labels(body, labelled)
+    model.graph.initializer.extend(body.initializer)
+    described = {value.name for value in body.value_info}
+    own = set(fresh.values()) - described
+    more = {v.name: v for v in (*body.output, *body.input) if v.name in own and v.type.HasField("tensor_type")}
+    model.graph.value_info.extend([*body.value_info, *more.values()])
+    found = Body(
+        attribute.name,
+        onnx.GraphProto(name=body.name, doc_string=body.doc_string),
+        {new: old for old, new in fresh.items()},
+        tuple(value.name for value in body.output),
+        labels,
+    )
+    found.graph.input.extend(body.input)
+    found.graph.output.extend(body.output)
+    found.graph.value_info.extend(v for v in body.value_info if v.name not in found.names)
+    found.graph.metadata_props.extend(body.metadata_props)
+    return found
 
 
 def _choice(
@@ -253,7 +204,7 @@ def rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
 # ----------------------------------------------------------------------------------------------------------- close
 
 
-def _close(model: onnx.ModelProto, opened: OpenIf) -> None:
+def close_if(model: onnx.ModelProto, opened: OpenIf) -> None:
     """Put the branches of one `If` back, in place."""
     graph = model.graph
     outputs = {name: k for k, name in enumerate(opened.node.output) if name}
@@ -261,41 +212,55 @@ def _close(model: onnx.ModelProto, opened: OpenIf) -> None:
     if not choices:  # nothing reads it any more
         return
     left = [outputs[graph.node[k].output[0]] for k in choices]
-    owner = _owners(graph, opened)
+    owner = owners(graph, opened.outer, opened.bodies)
     closed = onnx.NodeProto()
     closed.CopyFrom(opened.node)
     del closed.output[:]
     closed.output.extend(name if k in left else "" for k, name in enumerate(opened.node.output))
-    described = {value.name: value for value in graph.value_info}
-    for number, branch in enumerate(opened.branches):
-        body = next(a for a in closed.attribute if a.name == branch.attribute).g
-        body.CopyFrom(branch.graph)
-        body.node.extend(node for k, node in enumerate(graph.node) if owner.get(k) == number)
-        body.initializer.extend(t for t in graph.initializer if t.name in branch.names)
-        made = {name for node in body.node for name in node.output} | set(branch.names)
-        results = set(branch.results)
-        body.value_info.extend(v for name, v in described.items() if name in made - results)
-        for value, result in zip(body.output, branch.results, strict=True):
-            value.name = result
-            if result in described:
-                value.type.CopyFrom(described[result].type)
-            elif value.type.HasField("tensor_type"):
-                value.type.tensor_type.ClearField("shape")
-        rename(body, branch.names)
-        for node in body.node:
-            node.name = branch.labels.get(node.name, node.name)
+    for number, body in enumerate(opened.bodies):
+        members = [node for k, node in enumerate(graph.node) if owner.get(k) == number]
+        next(a for a in closed.attribute if a.name == body.attribute).g.CopyFrom(put_together(graph, body, members))
     _keep_outputs(closed, left)
-    inner = set().union(*(branch.names for branch in opened.branches))
-    moved = {name for k in owner for name in graph.node[k].output} | inner
-    gone = {*owner, *choices[1:]}
-    nodes = [closed if k == choices[0] else node for k, node in enumerate(graph.node) if k not in gone]
+    take_out(graph, opened.bodies, {*owner, *choices[1:]}, {choices[0]: closed})
+
+
+def put_together(graph: onnx.GraphProto, body: Body, members: Sequence[onnx.NodeProto]) -> onnx.GraphProto:
+    """The body with these nodes, and with the names that it had."""
+    described = {value.name: value for value in graph.value_info}
+    whole = onnx.GraphProto()
+    whole.CopyFrom(body.graph)
+    whole.node.extend(members)
+    whole.initializer.extend(t for t in graph.initializer if t.name in body.names)
+    made = {name for node in members for name in node.output} | set(body.names)
+    face = {*body.results, *(value.name for value in whole.input)}
+    whole.value_info.extend(v for name, v in described.items() if name in made - face)
+    for value, name in zip((*whole.output, *whole.input), (*body.results, *(v.name for v in whole.input)), strict=True):
+        value.name = name
+        if name in described:
+            value.type.CopyFrom(described[name].type)
+        elif value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+    rename(whole, {**body.aliases, **body.names})
+    for node in whole.node:
+        node.name = body.labels.get(node.name, node.name)
+    return whole
+
+
+def take_out(
+    graph: onnx.GraphProto, opened: Sequence[Body], gone: Collection[int], instead: Mapping[int, onnx.NodeProto]
+) -> None:
+    """Take what is in bodies again out of the graph around them, in place."""
+    inner = set().union(*(body.names for body in opened))
+    moved = {name for k in gone if k not in instead for name in graph.node[k].output} | inner
+    kept = {name for node in instead.values() for name in node.output}
+    nodes = [instead.get(k, node) for k, node in enumerate(graph.node) if k in instead or k not in gone]
     _replace(graph.node, nodes)
     _replace(graph.initializer, [t for t in graph.initializer if t.name not in inner])
-    _replace(graph.value_info, [v for v in graph.value_info if v.name not in moved])
+    _replace(graph.value_info, [v for v in graph.value_info if v.name not in moved - kept])
 
 
-def _owners(graph: onnx.GraphProto, opened: OpenIf) -> dict[int, int]:
-    """Per node that belongs into a branch, which one: the nodes that came from there, and what only those read."""
+def owners(graph: onnx.GraphProto, outer: Collection[str], opened: Sequence[Body]) -> dict[int, int]:
+    """Per node that belongs into a body, which one: the nodes that came from there, and what only those read."""
     readers: dict[str, set[int]] = {}
     for k, node in enumerate(graph.node):
         for name in {*node.input, *captured(node)}:
@@ -304,8 +269,8 @@ def _owners(graph: onnx.GraphProto, opened: OpenIf) -> dict[int, int]:
     owner: dict[int, int] = {}
     for k, node in reversed(list(enumerate(graph.node))):
         names = {name for name in node.output if name}
-        homes = [number for number, branch in enumerate(opened.branches) if names & set(branch.names)]
-        if not homes and not names & (opened.outer | outputs):
+        homes = [number for number, branch in enumerate(opened) if names & set(branch.names)]
+        if not homes and not names & outputs and names.isdisjoint(outer):
             read_by = {owner.get(reader) for name in names for reader in readers.get(name, ())}
             homes = [home for home in read_by if home is not None] if len(read_by) == 1 else []
         if homes:

@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 
 from onnxprune.analysis import Analysis
-from onnxprune.bodies import forms
 from onnxprune.costs import PeakMemory
 from onnxprune.errors import InputError
+from onnxprune.flat import forms
 from onnxprune.graph import Graph, Node
 from onnxprune.macs import all_terms, layers_within
 from onnxprune.probe import Probe, Shapes, probe, random_feeds, run_probe

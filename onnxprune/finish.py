@@ -213,7 +213,8 @@ def _cut_and_prove(prepared: Prepared, counts: np.ndarray) -> tuple[Plan, onnx.M
         spare = [name for name in network.biases if name not in arrays]
         sliced = rewrite(analysis, plan, copies=network.flat.copies)
         tried = [p.feeds for p in analysis.shapes.probes]
-        proof = prove(analysis, plan, sliced, tried, prepared.runtime)
+        close = network.flat.closed if network.flat.loops else None
+        proof = prove(analysis, plan, sliced, tried, prepared.runtime, close)
         if network.flat.opened:
             prove_alike(sliced, network.flat.closed(sliced), tried, prepared.runtime)
         pruned = rewrite(analysis, plan, arrays, network.flat.copies)
@@ -256,11 +257,15 @@ def _removed(prepared: Prepared, plan: Plan) -> dict[str, dict[int, tuple[int, .
     all of them is left out: its name does not say what was removed.
     """
     analysis, original, network = prepared.analysis, prepared.graph, prepared.network
-    graph, known = analysis.graph, {*original.stored_names(), *original.computed_from_constants, *network.flat.inner}
+    graph, known = (
+        analysis.graph,
+        {*original.stored_names(), *original.computed_from_constants, *network.flat.names.values()},
+    )
     found: dict[str, dict[int, tuple[int, ...]]] = {}
+    own = network.flat.names
     for (tensor, axis), gone in sorted(removed_positions(analysis, plan).items()):
         if graph.is_stored(tensor) and tensor not in network.biases:
-            found.setdefault(network.flat.own_name(tensor), {})[axis] = tuple(int(i) for i in gone)
+            found.setdefault(own.get(tensor, tensor), {})[axis] = tuple(int(i) for i in gone)
     for node in original.nodes:
         alias, source = node.outputs[0], node.inputs[0] if node.inputs else ""
         if node.op == "Identity" and graph.is_stored(alias) and found.get(alias) != found.get(source):

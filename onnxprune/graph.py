@@ -6,6 +6,7 @@ carries everything that has to survive into the written file (metadata, function
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from onnxprune.tensors import array_of, attach
 
 G_LOGGER.severity = G_LOGGER.ERROR  # it warns of types that NumPy lacks, which are kept as they are
 
+_NOTES = "onnxprune."
 FLOATS = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
 )
@@ -41,6 +43,14 @@ class Node:
     attributes: Mapping[str, Any]
     captured: tuple[str, ...]  # tensors that a body (If, Loop, Scan) takes from outside
     choice: bool = False  # an If that hands on one of two tensors, see `is_choice`
+    entry: bool = False  # what the first turn of a loop gets: later ones may get anything
+    turn: tuple[tuple[str, ...], tuple[str, ...]] | None = None  # of an open loop, what a turn gets and gives
+    often: tuple[str, int] | None = None  # of a node of its first turn, the axis that is as long as there are turns
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """All tensors that the node relates to its outputs."""
+        return (*self.inputs, *(self.captured if self.turn is None else (*self.turn[0], *self.turn[1])))
 
     @property
     def label(self) -> str:
@@ -71,6 +81,7 @@ class Graph:
                 dict(node.attrs),
                 tuple(sorted(captured(proto))),
                 is_choice(proto),
+                **_noted(proto),
             )
             for index, (node, proto) in enumerate(zip(imported, model.graph.node, strict=True))
         )
@@ -173,6 +184,26 @@ def captured(proto: onnx.NodeProto) -> set[str]:
                 inner.update(node.output)
             found.update(o.name for o in body.output if o.name not in inner)
     return found
+
+
+def note(proto: onnx.NodeProto, what: str, value: object = True) -> onnx.NodeProto:
+    """Write down on a node what `Node` is to know of it: ``entry``, ``turn`` or ``often``."""
+    proto.metadata_props.append(onnx.StringStringEntryProto(key=f"{_NOTES}{what}", value=json.dumps(value)))
+    return proto
+
+
+def drop_notes(proto: onnx.NodeProto) -> None:
+    """Take off what was written down."""
+    rest = [entry for entry in proto.metadata_props if not entry.key.startswith(_NOTES)]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(rest)
+
+
+def _noted(proto: onnx.NodeProto) -> dict[str, Any]:
+    found = {e.key.removeprefix(_NOTES): json.loads(e.value) for e in proto.metadata_props if e.key.startswith(_NOTES)}
+    if "turn" in found:
+        found["turn"] = tuple(map(tuple, found["turn"]))
+    return found | ({"often": tuple(found["often"])} if "often" in found else {})
 
 
 def is_choice(proto: onnx.NodeProto) -> bool:

@@ -14,7 +14,9 @@ AxisId = tuple[str, int]
 Operand = tuple[BoundAxis, ...]
 
 # what a stored zero passes as a zero: as it is, or as the number that is read as one
-_MOVING = frozenset({"Transpose", "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "QuantizeLinear"})
+_MOVING = frozenset(
+    "Cast Concat Flatten Gather Identity QuantizeLinear Reshape Slice Split Squeeze Transpose Unsqueeze".split()  # noqa: SIM905
+)
 FITTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # as matrix products, see `onnxprune.unfold`
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -64,15 +64,11 @@ def all_terms(nodes: Iterable[Node], shapes: Shapes) -> tuple[MacTerm, ...]:
     """The cost of all nodes; what is in bodies that run several times is a number of its own."""
     found: list[MacTerm] = []
     for node in nodes:
-        found += mac_terms(node, shapes)
+        often = (node.often,) if node.often else ()
+        found += [replace(term, axes=(*term.axes, *often)) for term in mac_terms(node, shapes)]
         if node.index in shapes.turns:
             found.append(MacTerm(node.label, node.index, shapes.turns[node.index], ()))
     return tuple(found)
-
-
-def hidden_layers(model: onnx.ModelProto) -> int:
-    """How many operators in bodies (If, Loop, Scan) hold multiply-accumulates."""
-    return sum(map(layers_within, model.graph.node))
 
 
 def layers_within(node: onnx.NodeProto) -> int:

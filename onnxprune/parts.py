@@ -166,7 +166,7 @@ def parts_of(analysis: Analysis, deployed: Shapes) -> list[Part]:
     members: dict[int, list[int]] = {}
     for node in graph.nodes:
         touched = any(name in rows for name in (*node.inputs, *node.outputs))
-        if not touched or set(node.outputs) <= constant or node.captured or node.op in ("Shape", "Size"):
+        if not touched or set(node.outputs) <= constant or node.captured or node.often or node.op in ("Shape", "Size"):
             continue
         if not all(deployed.known(n) for n in (*node.inputs, *node.outputs) if n):
             continue

@@ -17,17 +17,17 @@ import onnx
 from onnxprune.analysis import Analysis, analyse
 from onnxprune.archive import Damaged
 from onnxprune.biases import add_biases
-from onnxprune.bodies import Flat, forms
 from onnxprune.cost import Latency, params
 from onnxprune.costs import Cost
 from onnxprune.counting import count, nominal_shapes
 from onnxprune.data import Calibration, InputSpec, Preprocessing, load_calibration
 from onnxprune.deployed import deployed_feeds
 from onnxprune.errors import InputError, InternalError
+from onnxprune.flat import Flat, forms
 from onnxprune.gathered import Gathered
 from onnxprune.graph import Graph, read_model
 from onnxprune.journal import Journal
-from onnxprune.macs import hidden_layers
+from onnxprune.macs import layers_within
 from onnxprune.pipeline import Chooser
 from onnxprune.plan import Plan
 from onnxprune.positions import Kind, Seed
@@ -41,6 +41,7 @@ from onnxprune.selection import FROM_ACTIVATIONS
 from onnxprune.settings import Settings
 from onnxprune.targets import counted_costs, widths
 from onnxprune.tensors import digest, size_of
+from onnxprune.verify import prove
 
 _SAMPLING = {"macs", "params"}  # costs to which a sampler adds nothing
 _HELD_OUT_SHARE = 0.1
@@ -342,7 +343,8 @@ def _warnings(
             f"both branches of {opened} If node{plural} are counted, although one run takes one of them; weights there"
             " are fitted to all of the data"
         )
-    if hidden := hidden_layers(analysis.graph.model):
+    protos = analysis.graph.model.graph.node
+    if hidden := sum(layers_within(protos[n.index]) for n in analysis.graph.nodes if n.turn is None):
         counted = "are counted as often as the first sample runs them" if analysis.nominal.turns else "are not counted"
         found.append(f"{hidden} layers in bodies of If, Loop or Scan stay as they are, and {counted}")
     if kept is None and len(calibration) < _FEWEST_TO_SPLIT:
@@ -373,10 +375,15 @@ def cuttable(
     exclude: str | None,
     sampling: bool = False,
     approximate: bool = False,
+    loops: bool = True,
 ) -> Cuttable:
-    """Normalise, find shapes and groups; sizes that cannot be repaired freeze their axes."""
-    flat, biases, shapes, nominal = _seen(graph, runtime, calibration, reconstruct)
-    graph = Graph(flat.model, graph.folder)
+    """Normalise, find shapes and groups; sizes that cannot be repaired freeze their axes.
+
+    Bodies of loops are cut where a first cut of everything can be proven (``loops``); else they stay.
+    """
+    loops = loops and not approximate
+    flat, biases, shapes, nominal = _seen(graph, runtime, calibration, reconstruct, loops)
+    whole, graph = graph, Graph(flat.model, graph.folder)
     seeds: tuple[Seed, ...] = ()
     while True:
         analysis = analyse(graph, shapes, nominal, only, exclude, seeds, approximate=approximate)
@@ -385,7 +392,11 @@ def cuttable(
             analysis = analyse(graph, shapes, nominal, only, exclude, seeds, sampled, approximate)
         half = {g.name: tuple(range(max(g.units // 2, 1))) for g in analysis.groups}
         try:
-            rewrite(analysis, Plan("", half))
+            plan = Plan("", half)
+            cut = rewrite(analysis, plan)
+            if flat.loops and not _proven(analysis, plan, cut, runtime, flat):
+                given = (calibration, reconstruct, only, exclude, sampling, approximate)
+                return cuttable(whole, runtime, *given, loops=False)
             return Cuttable(analysis, flat, tuple(biases))
         except CannotRepair as error:
             more = tuple(Seed(Kind.STATED, str(error), error.node, error.op, error.tensor, axis) for axis in error.axes)
@@ -394,8 +405,16 @@ def cuttable(
             seeds += more
 
 
+def _proven(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, runtime: Runtime, flat: Flat) -> bool:
+    try:
+        prove(analysis, plan, cut, [p.feeds for p in analysis.shapes.probes], runtime, flat.closed)
+    except Exception:  # sizes that another turn has otherwise; onnxruntime's errors share no base class
+        return False
+    return True
+
+
 def _seen(
-    graph: Graph, runtime: Runtime, calibration: Calibration | None, reconstruct: bool
+    graph: Graph, runtime: Runtime, calibration: Calibration | None, reconstruct: bool, loops: bool
 ) -> tuple[Flat, list[str], Shapes, Shapes]:
     """The normalised model with the biases that were added, and its shapes where it is analysed and where it is used.
 
@@ -406,14 +425,14 @@ def _seen(
         batch = calibration.feeds(list(range(min(3, len(calibration)))) if calibration.batchable else [0])
         one = calibration.feeds([0])
     found: list[tuple[Flat, list[str], Shapes, Shapes]] = []
-    *first, plain = forms(graph, runtime)
+    *first, plain = forms(graph, runtime, loops=loops)
     for flat in (plain, *first):
         biases = add_biases(flat.model) if reconstruct else []
         shown = Graph(flat.model, graph.folder)
         try:
             shapes = probe(shown, runtime, batch)
             nominal = nominal_shapes(shown, runtime, one)
-            if calibration is not None and flat.opened:
+            if calibration is not None and (flat.opened or flat.loops):
                 session = runtime.session(flat.model, optimise=False)
                 step = _AT_ONCE if calibration.batchable else 1
                 for start in range(0, len(calibration), step):

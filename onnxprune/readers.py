@@ -36,7 +36,7 @@ def find_readers(analysis: Analysis) -> tuple[Reader, ...]:
     graph, shapes = analysis.graph, analysis.shapes
     uses: dict[str, int] = {}
     for node in graph.nodes:
-        for name in node.inputs:
+        for name in (*node.inputs, *node.captured):
             uses[name] = uses.get(name, 0) + 1
     by_axis: dict[tuple[str, int], list[tuple[int, np.ndarray]]] = {}
     for info in analysis.groups:

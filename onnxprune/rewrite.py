@@ -181,7 +181,8 @@ class _Patcher:
         self.inserted: list[tuple[int, onnx.NodeProto]] = []
 
     def apply(self, wanted: dict[tuple[int, int], list[np.ndarray]]) -> None:
-        uses = Counter(name for node in self.graph.nodes for name in (*node.inputs, *node.captured))
+        read = ((*node.inputs, *(() if node.turn else node.captured)) for node in self.graph.nodes)
+        uses = Counter(name for names in read for name in names)
         uses.update(self.graph.outputs)
         by_name: dict[str, list[tuple[int, int]]] = {}
         for index, operand in wanted:

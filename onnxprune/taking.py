@@ -36,7 +36,7 @@ class Taking:
             self.behind.append(behind)
             for kept in (self.wanted, self.offset, self.valid):
                 kept.append([])
-        if not len(self.view.samples(batch)):
+        if not len(self.view.samples(batch, len(pruned[self.block.tensor]))):
             return
         if len(self.wanted) == 1:
             for name, arrays in self.held.items():

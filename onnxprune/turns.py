@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from onnxprune.bodies import flatten, rename
+from onnxprune.bodies import rename
+from onnxprune.flat import flatten
 from onnxprune.graph import Graph, Node
 from onnxprune.macs import layers_within, mac_terms
 from onnxprune.probe import Feeds, Shapes, run_probe
@@ -24,7 +25,9 @@ def turning(graph: Graph) -> list[Node]:
     return [
         node
         for node in graph.nodes
-        if node.op in ("Loop", "Scan") and not node.domain and layers_within(graph.model.graph.node[node.index])
+        if node.op in ("Loop", "Scan")
+        and not (node.domain or node.turn)
+        and layers_within(graph.model.graph.node[node.index])
     ]
 
 

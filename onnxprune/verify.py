@@ -44,7 +44,14 @@ class Proof:
     inputs: str
 
 
-def prove(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, feeds: list[Feeds], runtime: Runtime) -> Proof:
+def prove(
+    analysis: Analysis,
+    plan: Plan,
+    cut: onnx.ModelProto,
+    feeds: list[Feeds],
+    runtime: Runtime,
+    close: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None,
+) -> Proof:
     """Compare the cut model (with sliced, not reconstructed weights) with the silenced original, inside and out.
 
     Args:
@@ -53,15 +60,17 @@ def prove(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, feeds: list[Feed
         cut: the model that was rewritten from the plan.
         feeds: inputs to try.
         runtime: its number of threads, and whether it runs models in float32; the proof runs on the CPU.
+        close: puts bodies back, of models that do not run without.
 
     Raises:
         InternalError: the two differ; the model must not be written.
     """
-    graph = analysis.graph
+    graph, whole, how = analysis.graph, silence(analysis, plan), ""
+    if close is not None:
+        whole, cut = close(whole), close(cut)
     names = [name for node in graph.nodes for name in node.outputs if name]
     have = {name for node in cut.graph.node for name in node.output}
     shared = [name for name in names if name in have]
-    whole, how = silence(analysis, plan), ""
     approximate = [graph.nodes[index] for index in approximate_nodes(analysis, plan)]
     replaced = [name for node in approximate for name in node.outputs if name in have]
     if approximate:

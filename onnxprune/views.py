@@ -112,20 +112,21 @@ class View:
             self._whole = self._spatial(between)
             self._size, self._step = self._plan(self._whole, output)
 
-    def samples(self, batch: int) -> np.ndarray:
-        """Which samples of a batch."""
-        return np.flatnonzero(np.asarray(self.batches.parts[batch]) % self._step == 0)
+    def samples(self, batch: int, rows: int) -> np.ndarray:
+        """Which samples of a batch; where time comes first, which of the steps that the rows of all tensors are."""
+        samples = np.asarray(self.batches.parts[batch])
+        return np.flatnonzero((samples if len(samples) == rows else np.arange(rows)) % self._step == 0)
 
     def read(self, batch: int, name: str, array: np.ndarray) -> np.ndarray:
         """The part of a tensor that the block reads."""
         unfolding = next((i.unfolding for i in self.block.inner if i.layer.data == name), Unfolding())
         places = self._places(self._window(batch).read(unfolding, self._spatial(array)))
-        return np.ascontiguousarray(_wide(array[(slice(None), *places)][self.samples(batch)]))
+        return np.ascontiguousarray(_wide(array[(slice(None), *places)][self.samples(batch, len(array))]))
 
     def given(self, batch: int, reader: Reader, output: np.ndarray) -> np.ndarray:
         """The part of what an outer layer gives, or of what is added to that."""
         places = self._places(self._window(batch).given(reader.unfolding, self._spatial(output)))
-        return np.ascontiguousarray(_wide(output[(slice(None), *places)][self.samples(batch)]))
+        return np.ascontiguousarray(_wide(output[(slice(None), *places)][self.samples(batch, len(output))]))
 
     def valid(self, batch: int, reader: Reader, given: np.ndarray, read: Mapping[str, np.ndarray]) -> np.ndarray:
         """Where that part is what the layer gives in the whole; ``read`` as `read` gives it."""

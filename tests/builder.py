@@ -17,7 +17,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.analysis import Analysis, analyse
-from onnxprune.bodies import Flat, forms
+from onnxprune.flat import Flat, forms
 from onnxprune.graph import Graph
 from onnxprune.plan import Plan
 from onnxprune.probe import probe
@@ -172,7 +172,7 @@ def pruned(model: onnx.ModelProto, seed: int = 0, share: float = 0.5) -> tuple[o
     plan = random_plan(analysis, seed, share)
     cut = rewrite(analysis, plan, copies=flat.copies)
     feeds = [p.feeds for p in analysis.shapes.probes]
-    proof = prove(analysis, plan, cut, feeds, RUNTIME)
+    proof = prove(analysis, plan, cut, feeds, RUNTIME, flat.closed if flat.loops else None)
     new = flat.closed(cut)
     if flat.opened:
         prove_alike(cut, new, feeds, RUNTIME)

@@ -588,3 +588,12 @@ def test_budgets_without_measurements_meet_the_speed_up(budget: str) -> None:
 def test_an_unknown_budget_is_refused() -> None:
     with pytest.raises(InputError, match="unknown budget 'best'; expected one of auto, uniform, papers"):
         pruned("digits_resnet", budget="best", samples=FEW)
+
+
+def test_a_sequence_may_be_shorter_than_a_batch() -> None:
+    """Time comes first and is pooled away: no tensor has the samples in front."""
+    g = Builder()
+    x = g.Relu(g.linear(g.Relu(g.linear(g.input("x", ["t", "n", 10]), 24)), 16))
+    x = g.ReduceMax(x, axes=[0], keepdims=0)
+    result = prune(g.model(g.linear(g.Relu(g.linear(x, 12)), 3)), speedup=1.5, threads=1)
+    assert result.report.data.samples > 12 and result.report.achieved.macs >= 1.5

@@ -6,10 +6,21 @@ function from an `OpView` to a `Relation` or a `Refusal`. A row never sees a nei
 
 from __future__ import annotations
 
-from onnxprune.rules import attention, contract, movement, normalize, pointwise, quantize, recurrent, refused, scatter
+from onnxprune.rules import (
+    attention,
+    contract,
+    movement,
+    normalize,
+    pointwise,
+    quantize,
+    recurrent,
+    refused,
+    scatter,
+    turns,
+)
 from onnxprune.rules.base import TABLE, Kept, OpView, Repair, Row, describe
 
 __all__ = ["TABLE", "Kept", "OpView", "Repair", "Row", "describe"]
 
-for _module in (contract, pointwise, movement, normalize, scatter, recurrent, attention, quantize, refused):
+for _module in (contract, pointwise, movement, normalize, scatter, recurrent, attention, quantize, refused, turns):
     _module.register(TABLE)

@@ -9,7 +9,7 @@ REASONS = {
     "ConvInteger MatMulInteger QLinearConv QLinearMatMul DynamicQuantizeLinear": (
         "works on integers; prune the float or the QDQ model, and quantise afterwards"
     ),
-    "Loop Scan SequenceMap": "has a body, and channels that cross into a body stay; export without control flow",
+    "SequenceMap": "has a body, and channels that cross into a body stay; export without control flow",
     "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike": (
         "draws random numbers, so that no cut can be proven"
     ),

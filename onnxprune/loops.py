@@ -1,0 +1,191 @@
+"""Loops with layers in their bodies: the first turn laid open beside the loop, and put back into it at the end.
+
+The loop itself stays, and computes what it did. Its first turn stands beside it, so that the layers of the body are
+layers like any other: counted (as often as there are turns), coupled and cut. That a state is the same before and after
+a turn is what the loop's row in the table says. Closing makes the nodes of the first turn the loop's body.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from onnxprune.bodies import Body, all_names, can_lay_out, lay_out, owners, put_together, rename, stored_names, take_out
+from onnxprune.graph import drop_notes, note
+from onnxprune.macs import layers_within
+from onnxprune.tensors import bodies
+
+
+@dataclass(frozen=True, eq=False)
+class OpenLoop:
+    """How to put a loop together again.
+
+    Attributes:
+        node: as it was, its body emptied.
+        outer: tensors that the nodes around it make.
+        bodies: its one body.
+        entry: tensors that only the first turn has.
+    """
+
+    node: onnx.NodeProto
+    outer: frozenset[str]
+    bodies: tuple[Body, ...]
+    entry: frozenset[str]
+
+
+def open_loops(model: onnx.ModelProto) -> Iterator[OpenLoop]:
+    """Lay open the first turn of every loop of the main graph that can be, in place."""
+    if model.ir_version < 4:  # a stored tensor of a body would become an input of the model
+        return
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    if versions.get("", versions.get("ai.onnx", 0)) < 9:  # a Scan had a batch
+        return
+    defined, stored = all_names(model), stored_names(model.graph)
+    for place in reversed(range(len(model.graph.node))):
+        node = model.graph.node[place]
+        if node.op_type in ("Loop", "Scan") and node.domain in ("", "ai.onnx") and _can_open(node, defined, stored):
+            yield _open(model, place, defined)
+
+
+def _can_open(node: onnx.NodeProto, defined: Counter[str], stored: set[str]) -> bool:
+    """Whether there is something to cut, and a report that names stored tensors can tell what was.
+
+    A weight that is handed from turn to turn as a state is not one that the body reads by its name.
+    """
+    (body,) = bodies(node)
+    flat = not any(True for inner in body.node for _ in bodies(inner))
+    handed = any(
+        given in stored and (state := _state(node, k)) is not None and body.output[state].name == value.name
+        for k, (given, value) in enumerate(zip(node.input, body.input, strict=False))
+    )
+    return bool(layers_within(node)) and flat and not handed and can_lay_out(body, defined) and all(node.output)
+
+
+def _open(model: onnx.ModelProto, place: int, defined: Counter[str]) -> OpenLoop:
+    loop = model.graph.node[place]
+    node = onnx.NodeProto()
+    node.CopyFrom(loop)
+    outer = frozenset(name for n in model.graph.node for name in n.output)
+    attribute = next(a for a in node.attribute if a.HasField("g"))
+    body = lay_out(model, attribute, defined, {n.name for n in model.graph.node})
+    ins, turn, entry, given = [value.name for value in body.graph.input], attribute.g, _Entry(node), {}
+    for k, name in enumerate(ins):
+        state = _state(node, k)
+        if state is not None and body.results[state] == name:  # handed on from turn to turn, as it came
+            given[name] = node.input[k]
+        else:
+            entry.give(k, name, turn.input[k].type)
+    rename(turn, given)
+    for each in turn.node:
+        note(each, "often", entry.often)
+    model.graph.initializer.extend(entry.stored)
+    _run_again(loop, body, {t.name for t in turn.initializer})
+    if node.op_type == "Loop":
+        _count_turns(loop, entry.often[0])
+    note(loop, "turn", [[given.get(name, name) for name in ins], [value.name for value in turn.output]])
+    for k, each in enumerate([*entry.nodes, *turn.node]):
+        model.graph.node.insert(place + k, each)
+    declared = [value for value in model.graph.value_info if value.name not in given]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(declared)
+    attribute.ClearField("g")
+    aliases = {outside: body.names[name] for name, outside in reversed(given.items())}
+    return OpenLoop(node, outer, (replace(body, aliases=aliases),), frozenset(entry.names))
+
+
+def _state(node: onnx.NodeProto, k: int) -> int | None:
+    """Which result of a turn is input ``k`` of the next one."""
+    if node.op_type == "Loop":
+        return k - 1 if k > 1 else None
+    return k if k < len(node.input) - _scanned(node) else None
+
+
+def _scanned(node: onnx.NodeProto) -> int:
+    return next(int(a.i) for a in node.attribute if a.name == "num_scan_inputs")
+
+
+class _Entry:
+    """What stands in front of the first turn: nodes that are not taken for constants, whatever they hand on."""
+
+    def __init__(self, node: onnx.NodeProto) -> None:
+        self.node = node
+        self.nodes: list[onnx.NodeProto] = []
+        self.stored: list[onnx.TensorProto] = []
+        self.names: set[str] = set()
+        self.often: tuple[str, int] = (f"{node.output[0]}/turns", 0)
+        self.axes: list[int] = []
+        if node.op_type == "Scan":
+            count = _scanned(node)
+            self.axes = next((list(a.ints) for a in node.attribute if a.name == "scan_input_axes"), [0] * count)
+            self.often = (node.input[-count], int(self.axes[0]))
+        self.taken = self._store("taken", np.array(True))
+        self.zero = self._store("zero", np.array(0))
+
+    def give(self, k: int, name: str, kind: onnx.TypeProto) -> None:
+        """Make what the body calls its input ``k``."""
+        source = self.node.input[k] if k < len(self.node.input) else ""
+        if self.node.op_type == "Loop" and k < 2:
+            source = self.zero if k == 0 else source or self.taken
+        elif self.node.op_type == "Scan" and _state(self.node, k) is None:
+            axis = self.axes[k - (len(self.node.input) - len(self.axes))]
+            slices = self._named(f"{name}/first")
+            self.nodes.append(helper.make_node("Gather", [source, self.zero], [slices], axis=axis))
+            source = slices
+        branches = {}
+        for branch in ("then_branch", "else_branch"):
+            given = helper.make_empty_tensor_value_info(f"{name}/{branch}")
+            given.type.tensor_type.elem_type = kind.tensor_type.elem_type
+            branches[branch] = helper.make_graph(
+                [helper.make_node("Identity", [source], [given.name])], branch, [], [given]
+            )
+        self.nodes.append(note(helper.make_node("If", [self.taken], [self._named(name)], **branches), "entry"))
+
+    def _named(self, name: str) -> str:
+        self.names.add(name)
+        return name
+
+    def _store(self, what: str, value: np.ndarray) -> str:
+        name = self._named(f"{self.node.output[0]}/{what}")
+        self.stored.append(numpy_helper.from_array(value, name))
+        return name
+
+
+def _run_again(loop: onnx.NodeProto, body: Body, stored: set[str]) -> None:
+    """Give the body that the loop runs names that are not those of its first turn; stored tensors are the same ones."""
+    (own,) = bodies(loop)
+    del own.initializer[:], own.value_info[:]
+    rename(own, {name: open_ if open_ in stored else f"{open_}/again" for open_, name in body.names.items()})
+
+
+def _count_turns(loop: onnx.NodeProto, name: str) -> None:
+    """One more output, as long as there are turns."""
+    (own,) = bodies(loop)
+    own.node.append(helper.make_node("Identity", [own.input[0].name], [f"{name}/again"]))
+    own.output.append(helper.make_tensor_value_info(f"{name}/again", onnx.TensorProto.INT64, []))
+    loop.output.append(name)
+
+
+def close_loop(model: onnx.ModelProto, opened: OpenLoop) -> None:
+    """Make the nodes of the first turn the body of the loop, in place."""
+    graph, before = model.graph, list(opened.node.output)
+    place = next(k for k, node in enumerate(graph.node) if list(node.output[: len(before)]) == before)
+    entry = {k for k, node in enumerate(graph.node) if set(node.output) <= opened.entry}
+    owner = owners(graph, opened.outer, opened.bodies)
+    closed = onnx.NodeProto()
+    closed.CopyFrom(opened.node)
+    del closed.input[:]
+    closed.input.extend(graph.node[place].input)
+    (body,) = opened.bodies
+    members = [node for k, node in enumerate(graph.node) if k in owner and k not in entry]
+    for node in members:
+        drop_notes(node)
+    next(a for a in closed.attribute if a.name == body.attribute).g.CopyFrom(put_together(graph, body, members))
+    take_out(graph, opened.bodies, {*owner, *entry}, {place: closed})
+    stored = [t for t in graph.initializer if t.name not in opened.entry]
+    del graph.initializer[:]
+    graph.initializer.extend(stored)
