@@ -14,13 +14,14 @@ from onnxprune.analysis import Analysis
 from onnxprune.comparison import compare
 from onnxprune.costs import CostModel
 from onnxprune.counting import count_model_macs
+from onnxprune.cuttable import cuttable
 from onnxprune.data import Preprocessing, load_calibration
 from onnxprune.errors import InputError
 from onnxprune.finish import Result, aim, finish
 from onnxprune.gathered import Gathered
 from onnxprune.graph import Graph, read_model
 from onnxprune.journal import Journal
-from onnxprune.prepare import cuttable, prepare
+from onnxprune.prepare import prepare
 from onnxprune.progress import Progress
 from onnxprune.runtime import Runtime
 from onnxprune.settings import Settings

@@ -15,12 +15,13 @@ from onnxprune.biases import drop_biases
 from onnxprune.comparison import measure_fidelity
 from onnxprune.cost import Latency, measure_latency
 from onnxprune.counting import findings
+from onnxprune.cuttable import Cuttable
 from onnxprune.errors import InputError, InternalError
 from onnxprune.files import write_model
 from onnxprune.graph import Graph
 from onnxprune.origins import origins
 from onnxprune.plan import Plan, approximate_nodes, removed_positions
-from onnxprune.prepare import Cuttable, Prepared, measures, versions
+from onnxprune.prepare import Prepared, measures, versions
 from onnxprune.promise import MISSED, Timing
 from onnxprune.report import Achieved, GroupEntry, Measures, Report, Target
 from onnxprune.report.overview import frozen_entries

@@ -14,55 +14,33 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from onnxprune.analysis import Analysis, analyse
+from onnxprune.analysis import Analysis
 from onnxprune.archive import Damaged
-from onnxprune.biases import add_biases
 from onnxprune.cost import Latency, params
 from onnxprune.costs import Cost
-from onnxprune.counting import count, nominal_shapes
+from onnxprune.counting import count
+from onnxprune.cuttable import Cuttable, cuttable
 from onnxprune.data import Calibration, InputSpec, Preprocessing, load_calibration
 from onnxprune.deployed import deployed_feeds
-from onnxprune.errors import InputError, InternalError
-from onnxprune.flat import Flat, forms
+from onnxprune.errors import InputError
 from onnxprune.gathered import Gathered
 from onnxprune.graph import Graph, read_model
 from onnxprune.journal import Journal
 from onnxprune.macs import layers_within
 from onnxprune.pipeline import Chooser
-from onnxprune.plan import Plan
-from onnxprune.positions import Kind, Seed
-from onnxprune.probe import Feeds, Shapes, probe
+from onnxprune.probe import Feeds, probe
 from onnxprune.progress import Progress
 from onnxprune.report import DataEntry, Measures
-from onnxprune.rewrite import CannotRepair, rewrite
 from onnxprune.runtime import Runtime
-from onnxprune.samplers import samplable
 from onnxprune.selection import FROM_ACTIVATIONS
 from onnxprune.settings import Settings
 from onnxprune.targets import counted_costs, widths
 from onnxprune.tensors import digest, size_of
-from onnxprune.verify import prove
 
 _SAMPLING = {"macs", "params"}  # costs to which a sampler adds nothing
 _HELD_OUT_SHARE = 0.1
 _FEWEST_TO_SPLIT = 10
 _MOST_HELD_OUT = 500
-_AT_ONCE = 8  # samples, where only whether they run is asked
-
-
-@dataclass(frozen=True, eq=False)
-class Cuttable:
-    """A network whose groups are known, every one of which can be cut.
-
-    Attributes:
-        analysis: of the normalised network.
-        flat: the normalised network with its branches laid open, as it is analysed, and how they are put back.
-        biases: names of those that were added for a fit to fill.
-    """
-
-    analysis: Analysis
-    flat: Flat
-    biases: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -361,86 +339,3 @@ def _quantised(analysis: Analysis) -> list[str]:
     count = len({n.index for n in analysis.graph.nodes if n.label in readers and scaled & set(n.inputs[1:2])})
     said = "read quantised weights: their channels are taken out exactly, and nothing is fitted again there"
     return [f"{count} layer{'s' if count > 1 else ''} {said}"] if count else []
-
-
-# ------------------------------------------------------------------------------------------------------ the groups
-
-
-def cuttable(
-    graph: Graph,
-    runtime: Runtime,
-    calibration: Calibration | None,
-    reconstruct: bool,
-    only: str | None,
-    exclude: str | None,
-    sampling: bool = False,
-    approximate: bool = False,
-    loops: bool = True,
-) -> Cuttable:
-    """Normalise, find shapes and groups; sizes that cannot be repaired freeze their axes.
-
-    Bodies of loops are cut where a first cut of everything can be proven (``loops``); else they stay.
-    """
-    loops = loops and not approximate
-    flat, biases, shapes, nominal = _seen(graph, runtime, calibration, reconstruct, loops)
-    whole, graph = graph, Graph(flat.model, graph.folder)
-    seeds: tuple[Seed, ...] = ()
-    while True:
-        analysis = analyse(graph, shapes, nominal, only, exclude, seeds, approximate=approximate)
-        sampled = samplable(analysis) if sampling else frozenset()
-        if sampled:
-            analysis = analyse(graph, shapes, nominal, only, exclude, seeds, sampled, approximate)
-        half = {g.name: tuple(range(max(g.units // 2, 1))) for g in analysis.groups}
-        try:
-            plan = Plan("", half)
-            cut = rewrite(analysis, plan)
-            if flat.loops and not _proven(analysis, plan, cut, runtime, flat):
-                given = (calibration, reconstruct, only, exclude, sampling, approximate)
-                return cuttable(whole, runtime, *given, loops=False)
-            return Cuttable(analysis, flat, tuple(biases))
-        except CannotRepair as error:
-            more = tuple(Seed(Kind.STATED, str(error), error.node, error.op, error.tensor, axis) for axis in error.axes)
-            if not set(more) - set(seeds):
-                raise InternalError(f"freezing did not help: {error}") from error
-            seeds += more
-
-
-def _proven(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, runtime: Runtime, flat: Flat) -> bool:
-    try:
-        prove(analysis, plan, cut, [p.feeds for p in analysis.shapes.probes], runtime, flat.closed)
-    except Exception:  # sizes that another turn has otherwise; onnxruntime's errors share no base class
-        return False
-    return True
-
-
-def _seen(
-    graph: Graph, runtime: Runtime, calibration: Calibration | None, reconstruct: bool, loops: bool
-) -> tuple[Flat, list[str], Shapes, Shapes]:
-    """The normalised model with the biases that were added, and its shapes where it is analysed and where it is used.
-
-    Branches are laid open only where the model then runs at as many sizes as it does by itself, and on all of the data.
-    """
-    batch, one = None, None
-    if calibration is not None:
-        batch = calibration.feeds(list(range(min(3, len(calibration)))) if calibration.batchable else [0])
-        one = calibration.feeds([0])
-    found: list[tuple[Flat, list[str], Shapes, Shapes]] = []
-    *first, plain = forms(graph, runtime, loops=loops)
-    for flat in (plain, *first):
-        biases = add_biases(flat.model) if reconstruct else []
-        shown = Graph(flat.model, graph.folder)
-        try:
-            shapes = probe(shown, runtime, batch)
-            nominal = nominal_shapes(shown, runtime, one)
-            if calibration is not None and (flat.opened or flat.loops):
-                session = runtime.session(flat.model, optimise=False)
-                step = _AT_ONCE if calibration.batchable else 1
-                for start in range(0, len(calibration), step):
-                    session.run(None, calibration.feeds(list(range(start, min(start + step, len(calibration))))))
-        except Exception:  # onnxruntime's errors share no base class
-            if flat is plain:
-                raise
-            continue
-        if not found or len(shapes.probes) >= len(found[0][2].probes):
-            found.append((flat, biases, shapes, nominal))
-    return found[-1]
