@@ -30,7 +30,7 @@ class Cuttable:
 
     Attributes:
         analysis: of the normalised network.
-        flat: the normalised network with its branches laid open, as it is analysed, and how they are put back.
+        flat: the normalised network with its bodies laid open, as it is analysed, and how they are put back.
         biases: names of those that were added for a fit to fill.
     """
 
@@ -79,8 +79,13 @@ def cuttable(
 
 
 def _proven(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, runtime: Runtime, flat: Flat) -> bool:
+    """Whether the cut is exact with its loops closed, in which every loop takes more than its first turn."""
+    probes = analysis.shapes.probes
+    for tensor, axis in {node.often for node in analysis.graph.nodes if node.often}:
+        if max(p.shapes[tensor][axis] for p in probes) < 2:
+            return False
     try:
-        prove(analysis, plan, cut, [p.feeds for p in analysis.shapes.probes], runtime, flat.closed)
+        prove(analysis, plan, cut, [p.feeds for p in probes], runtime, flat.closed)
     except Exception:  # sizes that another turn has otherwise; onnxruntime's errors share no base class
         return False
     return True

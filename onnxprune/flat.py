@@ -13,6 +13,7 @@ from onnxprune.graph import Graph
 from onnxprune.loops import OpenLoop, close_loop, open_loops
 from onnxprune.normalise import normalise, unshare
 from onnxprune.runtime import Runtime
+from onnxprune.tensors import bodies
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +48,7 @@ class Flat:
     def names(self) -> dict[str, str]:
         """Tensors of the bodies: as the open model calls them, and as the bodies do."""
         parts: list[OpenIf | OpenLoop] = [*self.opened, *self.loops]
-        bodies = [body for each in parts for body in each.bodies]
-        return {name: own for body in bodies for name, own in body.names.items()}
+        return {name: own for each in parts for body in each.bodies for name, own in body.names.items()}
 
 
 def forms(graph: Graph, runtime: Runtime, *, loops: bool = True) -> list[Flat]:
@@ -58,6 +58,8 @@ def forms(graph: Graph, runtime: Runtime, *, loops: bool = True) -> list[Flat]:
     that have no open branches.
     """
     model, copies = normalise(graph, runtime)
+    if not any(True for node in model.graph.node for _ in bodies(node)):
+        return [Flat(model, copies)]
     flat = flatten(model, copies)
     if loops and not flat.opened:
         flat = _with_loops(model, copies)
