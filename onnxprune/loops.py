@@ -45,7 +45,8 @@ def open_loops(model: onnx.ModelProto) -> Iterator[OpenLoop]:
     versions = {entry.domain: entry.version for entry in model.opset_import}
     if versions.get("", versions.get("ai.onnx", 0)) < 9:  # a Scan had a batch
         return
-    defined, stored = all_names(model), stored_names(model.graph)
+    defined, numbers = all_names(model), {t.name for t in model.graph.initializer if not t.dims}
+    stored = stored_names(model.graph) - numbers
     for place in reversed(range(len(model.graph.node))):
         node = model.graph.node[place]
         if node.op_type in ("Loop", "Scan") and node.domain in ("", "ai.onnx") and _can_open(node, defined, stored):
