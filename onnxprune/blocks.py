@@ -1,14 +1,15 @@
 """Blocks: layers that can be fitted together with the readers behind them.
 
 Between an inner layer and the outer layers that read it stands nothing but operators that work on every element by
-itself, and perhaps a concatenation: ``expand -> Relu -> Concat -> squeeze``, ``fc1 -> Gelu -> fc2``. Nobody else looks
-at what stands between, so both sides may change as long as what the outer layers give stays right.
+itself, and perhaps a concatenation and a pool that takes maxima: ``expand -> Relu -> Concat -> MaxPool -> squeeze``,
+``fc1 -> Gelu -> fc2``. Nobody else looks at what stands between, so both sides may change as long as what the outer
+layers give stays right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,8 +57,10 @@ class Block:
     Attributes:
         inner: the layers in front.
         outer: the readers behind, in graph order.
-        tensor: what lies between.
+        tensor: what the outer layers read.
+        joined: what the inner layers make together; the same tensor where there is no pool.
         concat: the node that puts it together; None where there is one inner layer.
+        pool: the MaxPool between the two tensors, and how it reads the one in front; None where there is none.
         axis: the channel axis of the tensor.
         held: tensors from outside, needed to run the block again.
     """
@@ -65,20 +68,28 @@ class Block:
     inner: tuple[Inner, ...]
     outer: tuple[Reader, ...]
     tensor: str
+    joined: str
     concat: Node | None
+    pool: tuple[Node, Unfolding] | None
     axis: int
     held: tuple[str, ...]
+
+    @property
+    def reach(self) -> list[Unfolding]:
+        """How every position between the layers depends on the inputs of the inner ones."""
+        return [i.unfolding if self.pool is None else behind(i.unfolding, self.pool[1]) for i in self.inner]
 
     @property
     def nodes(self) -> list[int]:
         """Indices of all nodes from the inner layers to the outer ones."""
         found = [n.index for i in self.inner for n in (i.layer.node, *i.between)]
         found += [self.concat.index] if self.concat else []
+        found += [self.pool[0].index] if self.pool else []
         return sorted({*found, *(r.layer.node.index for r in self.outer)})
 
 
 def find_blocks(analysis: Analysis, readers: Sequence[Reader]) -> tuple[Block, ...]:
-    """Every tensor that only readers read, and that only layers with nothing but elementwise operators behind make."""
+    """Every tensor that only readers read, and that only layers make, with elementwise operators behind and a pool."""
     by_tensor: dict[str, list[Reader]] = {}
     for reader in readers:
         by_tensor.setdefault(reader.layer.data, []).append(reader)
@@ -100,16 +111,23 @@ def _block(analysis: Analysis, tensor: str, outer: list[Reader]) -> Block | None
     axis = outer[0].layer.data_axis % len(shape)
     if tensor in graph.outputs or any(r.layer.data_axis % len(shape) != axis or r.width > MAX_COLUMNS for r in outer):
         return None
+    pool = _pool(node, axis)
+    joined = node.inputs[0] if pool else tensor
+    ends = {node.index} if pool else read_by
+    node = graph.producer.get(joined)
+    if node is None or (pool and (joined in graph.outputs or {n.index for n in graph.consumers[joined]} != ends)):
+        return None
     concat = node if node.op == "Concat" and node.attributes["axis"] % len(shape) == axis else None
+    ends = {concat.index} if concat else ends
     inner, start = [], 0
-    for name in concat.inputs if concat else (tensor,):
+    for name in concat.inputs if concat else (joined,):
         size = (shapes.shape(name) or shape)[axis]
-        ends = {concat.index} if concat else read_by
         traced = _trace(analysis, name, ends)
         if traced is not None:
             layer, between = traced
             unfolding = _unfolding(analysis, layer)
-            if unfolding is not None and layer.channel_axis % len(shape) == axis:
+            known = unfolding is not None and not (pool and unfolding.transposed)
+            if unfolding is not None and known and layer.channel_axis % len(shape) == axis:
                 inner.append(Inner(layer, unfolding, between, name, start, size))
         start += size
     if not inner or len({i.layer.node.index for i in inner}) < len(inner):
@@ -117,7 +135,38 @@ def _block(analysis: Analysis, tensor: str, outer: list[Reader]) -> Block | None
     held = _held(graph, [n for i in inner for n in (i.layer.node, *i.between)] + ([concat] if concat else []))
     if any((shapes.shape(name) or ())[:1] != shape[:1] for name in held):
         return None
-    return Block(tuple(inner), tuple(sorted(outer, key=lambda r: r.layer.node.index)), tensor, concat, axis, held)
+    behind_it = tuple(sorted(outer, key=lambda r: r.layer.node.index))
+    return Block(tuple(inner), behind_it, tensor, joined, concat, pool, axis, held)
+
+
+def _pool(node: Node, axis: int) -> tuple[Node, Unfolding] | None:
+    """A node that takes maxima over positions, and how it reads them; None where it is something else."""
+    if node.op != "MaxPool" or node.domain or axis != 1 or len([n for n in node.outputs if n]) > 1:
+        return None
+    kernel = tuple(node.attributes["kernel_shape"])
+    ones = (1,) * len(kernel)
+    strides, dilations = (tuple(node.attributes.get(name) or ones) for name in ("strides", "dilations"))
+    auto = node.attributes.get("auto_pad", "NOTSET")
+    if (auto.decode() if isinstance(auto, bytes) else auto) not in ("NOTSET", "VALID"):
+        return None  # what is padded depends on the size
+    pads = tuple(node.attributes.get("pads") or (0,) * (2 * len(kernel)))[: len(kernel)]
+    return node, Unfolding(kernel, strides, dilations, pads)
+
+
+def behind(first: Unfolding, second: Unfolding) -> Unfolding:
+    """How positions behind two layers depend on what the first one reads; taps in between count as well."""
+    axes = range(len(second.kernel))
+    last = [
+        (first.kernel[a] - 1) * first.dilations[a] + (second.kernel[a] - 1) * second.dilations[a] * first.strides[a]
+        for a in axes
+    ]
+    return replace(
+        first,
+        kernel=tuple(n + 1 for n in last),
+        strides=tuple(first.strides[a] * second.strides[a] for a in axes),
+        dilations=(1,) * len(last),
+        pads=tuple(first.pads[a] + second.pads[a] * first.strides[a] for a in axes),
+    )
 
 
 def _trace(analysis: Analysis, name: str, ends: set[int]) -> tuple[Layer, tuple[Node, ...]] | None:

@@ -190,4 +190,6 @@ def _small(
         inner.append(Inner(moved(each.layer), each.unfolding, between, each.made, start, len(left)))
     outer = tuple(replace(r, layer=moved(r.layer)) for r in block.outer)
     concat = node[block.concat.index] if block.concat else None
-    return Network(small, net.runtime, Block(tuple(inner), outer, block.tensor, concat, block.axis, block.held))
+    pool = (node[block.pool[0].index], block.pool[1]) if block.pool else None
+    names = block.tensor, block.joined
+    return Network(small, net.runtime, Block(tuple(inner), outer, *names, concat, pool, block.axis, block.held))

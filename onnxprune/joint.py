@@ -1,6 +1,7 @@
 """Two neighbouring layers fitted together, by linear least squares.
 
-With the inner layers' pattern held as it is (which Relu lets what pass; in general the slope of what stands between),
+With the inner layers' pattern held as it is (which Relu lets what pass; in general the slope of what stands between;
+and which position a pool takes its maximum from),
 what the outer layers give is linear in a change of the inner weights, and linear in a change of the outer ones:
 
     change of the output = W_out * (slope . (X * dW_in))  +  Z * dW_out
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from scipy.linalg import cho_factor, cho_solve
 
 from onnxprune.blocks import Block, BlockData
@@ -37,6 +39,14 @@ _DAMPING = 1e-3  # of the Gram matrices, relative to the mean of the diagonal
 
 Arrays = dict[str, np.ndarray]
 Vector = list[np.ndarray]  # one stack of matrices per layer, the inner ones first
+
+
+@dataclass(frozen=True, eq=False)
+class Between:
+    """What the inner layers make together, and what the outer layers read: behind a pool, if there is one."""
+
+    joined: np.ndarray
+    read: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +72,7 @@ class Network:
         self.graph, self.block, self.runtime = graph, block, runtime
         self.segments = Segments(graph, range(len(graph.nodes)), runtime)  # windows have sizes of their own
         self._pieces: dict[object, Piece] = {}
+        self._pool: ort.InferenceSession | None = None
         self._adjoints: dict[tuple[int, tuple[int, ...]], Callable[[np.ndarray, np.ndarray], np.ndarray]] = {}
         self.layers = [i.layer for i in block.inner] + [r.layer for r in block.outer]
 
@@ -77,12 +88,12 @@ class Network:
         """Matrices as the tensors that the model stores."""
         return {k: v.astype(self.graph.array(k).dtype) for k, v in stored_tensors(self.graph, layer, matrices).items()}
 
-    def run(self, data: BlockData, weights: Vector) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
-        """What every inner layer gives, the tensor between, and what every outer layer gives."""
+    def run(self, data: BlockData, weights: Vector) -> tuple[list[np.ndarray], Between, list[np.ndarray]]:
+        """What every inner layer gives, the tensors between, and what every outer layer gives."""
         given = dict(data.held)
         for layer, matrices in zip(self.layers, weights, strict=True):
             given |= self.stored(layer, matrices)
-        names = [i.layer.output for i in self.block.inner] + [self.block.tensor]
+        names = [i.layer.output for i in self.block.inner] + sorted({self.block.joined, self.block.tensor})
         names += [r.layer.output for r in self.block.outer]
         piece = self._part(self.block.nodes, names, data.held)
         found = piece.run(given, given)
@@ -91,7 +102,7 @@ class Network:
         for reader, matrices in zip(self.block.outer, weights[len(inner) :], strict=True):
             y = found[reader.layer.output]
             outer.append(y + _beside(reader.layer, matrices, y))
-        return inner, found[self.block.tensor], outer
+        return inner, Between(found[self.block.joined], found[self.block.tensor]), outer
 
     def linear(self, layer: Layer, x: np.ndarray, matrices: np.ndarray) -> np.ndarray:
         """The layer with other weights, on an input of its own; the bias in the last row counts."""
@@ -113,6 +124,22 @@ class Network:
         piece = self._part([n.index for n in inner.between], [inner.made], {**data.held, name: before})
         up, down = (piece.run({**data.held, name: value}, given)[inner.made] for value in (high, low))
         found: np.ndarray = (up - down) / (high - low)
+        return found
+
+    def taken(self, joined: np.ndarray) -> np.ndarray | None:
+        """Of every position behind the pool, the flat position that it takes its maximum from."""
+        if self.block.pool is None:
+            return None
+        node = self.block.pool[0]
+        if self._pool is None:
+            proto = onnx.helper.make_node("MaxPool", ["x"], ["y", "at"], **node.attributes)
+            element = onnx.helper.np_dtype_to_tensor_dtype(joined.dtype)
+            x = onnx.helper.make_tensor_value_info("x", element, [None] * joined.ndim)
+            at = onnx.helper.make_tensor_value_info("at", onnx.TensorProto.INT64, [None] * joined.ndim)
+            graph = onnx.helper.make_graph([proto], "pool", [x], [at])
+            opset = [onnx.helper.make_opsetid("", 17)]
+            self._pool = self.runtime.session(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8))
+        found: np.ndarray = self._pool.run(None, {"x": joined})[0]
         return found
 
     def back(self, k: int, residual: np.ndarray, matrices: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -203,7 +230,7 @@ class _State:
 
     weights: Vector
     before: list[np.ndarray]  # per inner layer, its output
-    between: np.ndarray
+    between: Between
     missing: list[np.ndarray]  # per outer layer: target - output, zero where the limiter behind hides the difference
     live: list[np.ndarray]  # per outer layer: where a change of the output matters
     loss: float
@@ -251,38 +278,45 @@ class _Linear:
     ) -> None:
         self.net, self.parts, self.data, self.scales, self.state = net, parts, data, scales, state
         self.inner = len(net.block.inner)
+        self.taken = net.taken(state.between.joined)
         self.slopes = [net.slope(k, y, data, state.weights) for k, y in enumerate(state.before)]
         shapes = [y.shape for y in (*state.before, *data.wanted)]
         self.positions = [out_positions(p.layer, s) for p, s in zip(parts, shapes, strict=True)]
         outer = zip(parts[self.inner :], data.wanted, strict=True)
-        self.rows = [*read, *(_unfolded(part, state.between, y.shape) for part, y in outer)]
+        self.rows = [*read, *(_unfolded(part, state.between.read, y.shape) for part, y in outer)]
         self.factors = [self._factors(k) for k in range(len(parts))]
 
     def forward(self, change: Vector) -> list[np.ndarray]:
         """(outer outputs) What the outer layers give more, where it matters."""
         net, state = self.net, self.state
-        moved = np.zeros_like(state.between)
+        moved = np.zeros_like(state.between.joined)
         for k, inner in enumerate(net.block.inner):
             step = net.linear(inner.layer, self.data.held[inner.layer.data], change[k]) * self.slopes[k]
             moved[self._slots(k)] = step
+        if self.taken is not None:
+            moved = moved.reshape(-1)[self.taken]
         found = []
         for j, reader in enumerate(net.block.outer):
             weights = state.weights[self.inner + j].copy()
             weights[:, -1] = 0.0
             y = net.linear(reader.layer, moved, weights)
-            y = y + net.linear(reader.layer, state.between, change[self.inner + j])
+            y = y + net.linear(reader.layer, state.between.read, change[self.inner + j])
             found.append(y * state.live[j])
         return found
 
     def backward(self, missing: Sequence[np.ndarray]) -> Vector:
         """The transpose of `forward`, each output weighted by its scale."""
         net, state = self.net, self.state
-        back = np.zeros_like(state.between)
+        back = np.zeros_like(state.between.read)
         outer = []
         for j, r in enumerate(missing):
             scaled = (r * state.live[j] * self.scales[j]).astype(r.dtype)
-            back += net.back(j, scaled, state.weights[self.inner + j], state.between)
+            back += net.back(j, scaled, state.weights[self.inner + j], state.between.read)
             outer.append(self._cross(self.inner + j, scaled))
+        if self.taken is not None:
+            joined = state.between.joined
+            spread = np.bincount(self.taken.reshape(-1), weights=back.reshape(-1), minlength=joined.size)
+            back = spread.astype(back.dtype).reshape(joined.shape)
         inner = [self._cross(k, back[self._slots(k)] * self.slopes[k]) for k in range(self.inner)]
         return [*inner, *outer]
 
@@ -326,7 +360,9 @@ class _Linear:
             return self.scales[k - self.inner]
         outer = zip(self.scales, self.state.weights[self.inner :], strict=True)
         total = sum(s * float(np.square(w[:, :-1]).sum()) for s, w in outer)
-        return total / self.state.between.shape[self.net.block.axis] or 1.0
+        between = self.state.between
+        share = between.read.size / between.joined.size  # of what is made that a pool takes
+        return share * total / between.read.shape[self.net.block.axis] or 1.0
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what is no number never counts as better

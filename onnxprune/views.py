@@ -100,7 +100,7 @@ class View:
 
     def __init__(self, block: Block, graph: Graph, batches: Batches, room: int) -> None:
         self.block, self.graph, self.batches, self.room = block, graph, batches, room
-        self._inner = [i.unfolding for i in block.inner]
+        self._inner = block.reach
         self._outer = [r.unfolding for r in block.outer]
         self._whole: tuple[int, ...] = ()
         self._size: tuple[int, ...] = ()
@@ -119,7 +119,8 @@ class View:
 
     def read(self, batch: int, name: str, array: np.ndarray) -> np.ndarray:
         """The part of a tensor that the block reads."""
-        unfolding = next((i.unfolding for i in self.block.inner if i.layer.data == name), Unfolding())
+        inner = zip(self.block.inner, self._inner, strict=True)
+        unfolding = next((reach for i, reach in inner if i.layer.data == name), Unfolding())
         places = self._places(self._window(batch).read(unfolding, self._spatial(array)))
         return np.ascontiguousarray(_wide(array[(slice(None), *places)][self.samples(batch, len(array))]))
 
@@ -159,11 +160,13 @@ class View:
     def _plan(self, whole: tuple[int, ...], output: np.ndarray) -> tuple[tuple[int, ...], int]:
         """The size of a window, and of how many samples one is looked at."""
         samples, per_position = len(self.batches.data), 0
-        layers = [(i.layer, i.unfolding) for i in self.block.inner] + [(r.layer, r.unfolding) for r in self.block.outer]
-        for layer, unfolding in layers:
+        pooled = math.prod(self.block.pool[1].strides) if self.block.pool else 1
+        layers = [(i.layer, i.unfolding, pooled) for i in self.block.inner]
+        layers += [(r.layer, r.unfolding, 1) for r in self.block.outer]
+        for layer, unfolding, each in layers:
             dims = tuple(self.graph.stored(layer.weight).dims)
             outputs = dims[layer.out_axis] * (layer.group if layer.node.op == "ConvTranspose" else 1)
-            per_position += 4 * (unfolding.group * columns_of(layer, dims) + _COPIES * outputs)
+            per_position += 4 * each * (unfolding.group * columns_of(layer, dims) + _COPIES * outputs)
         finer = max(math.prod(self._spatial(output)) / max(math.prod(whole), 1), 1.0)
         room = min(ROWS, self.room // per_position) / finer
         size = whole

@@ -105,6 +105,26 @@ def pooled(g: Builder) -> str:
     return head(g, g.conv(y, 4, name="b"))
 
 
+def overlapping(g: Builder) -> str:
+    """A pool whose windows overlap, begin in the padding and end beyond it, behind two layers put side by side."""
+    x = image(g)
+    y = g.Concat(g.Relu(g.conv(x, 5, k=1, name="a")), g.Tanh(g.conv(x, 6, name="c")), axis=1)
+    y = g.MaxPool(y, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 0, 0, 1], ceil_mode=1)
+    return head(g, g.Concat(g.conv(y, 4, name="b"), g.Relu(g.conv(y, 3, k=1, name="d")), axis=1))
+
+
+def padded_to_size(g: Builder) -> str:
+    y = g.MaxPool(g.Relu(g.conv(image(g), 6, name="a")), kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER")
+    return head(g, g.conv(y, 4, name="b"))
+
+
+def pooled_for_two(g: Builder) -> str:
+    """What is pooled is read unpooled as well."""
+    y = g.Relu(g.conv(image(g), 6, name="a"))
+    z = g.conv(g.MaxPool(y, kernel_shape=[2, 2], strides=[2, 2]), 4, name="b")
+    return head(g, g.Concat(z, g.conv(y, 4, name="d", strides=[2, 2]), axis=1))
+
+
 def shared(g: Builder) -> str:
     w, x = g.weight(4, 4, 3, 3, name="w"), image(g)
     one = g.Relu(g.node("Conv", x, w, name="a", pads=[1] * 4))
@@ -121,7 +141,10 @@ FOUND: dict[Callable[[Builder], str], list[tuple[str, str]]] = {
     tokens: [("stem", "a"), ("a", "b"), ("b", "c")],
     normalised: [("stem", "a"), ("a", "b")],
     read_elsewhere: [("stem", "a")],
-    pooled: [("stem", "a")],
+    pooled: [("stem", "a"), ("a", "b")],
+    overlapping: [("stem", "a c"), ("a c", "b d")],
+    padded_to_size: [("stem", "a")],
+    pooled_for_two: [("stem", "a")],
     shared: [],
 }
 
@@ -268,7 +291,8 @@ def test_adjoints_of_convolutions(
 def test_windows_give_what_the_whole_gives(make: Callable[[Builder], str], k: int, side: int) -> None:
     """What is valid is right, and only what the edges reach is not valid."""
     case = Case(make, k, 8)
-    _, tensor, outputs = case.net.run(case.data, case.weights)
+    _, between, outputs = case.net.run(case.data, case.weights)
+    tensor = between.read
     before = dict(case.data.held) | {case.block.tensor: tensor}
     eight = load_calibration(np.zeros((8, 1), np.float32), [InputSpec("x", (None, 1), np.dtype("float32"))])
     with pytest.MonkeyPatch.context() as patch:
