@@ -97,7 +97,7 @@ def _is_fixed(analysis: Analysis, reader: Reader) -> bool:
     return all(analysis.shapes.is_static(reader.layer.output, axis) for axis in range(1, rank))
 
 
-_FEW = 1000  # samples
+FEW = 1000  # samples
 
 Fitter = Callable[[Reader, list[list[Statistics]], Samples | None], Arrays]
 BlockFitter = Callable[[Network, BlockData, Sequence[Behind], Arrays], Arrays]
@@ -184,7 +184,7 @@ class Sweep:
                 known = recall(reader)
                 folds = self._empty(reader)
                 # a block's fit, which follows, minds the limiter too, but few samples stop it early
-                alone = self.limiters and (not blocks or len(self.batches.data) < _FEW)
+                alone = self.limiters and (not blocks or len(self.batches.data) < FEW)
                 samples = Samples.of(behind, reader, len(self.batches.data), rows) if alone else None
                 for batch, state in enumerate(pruned):
                     tensors = shelf.get(state)

@@ -48,12 +48,13 @@ class Room:
     block: int = _BLOCK
 
     @staticmethod
-    def of(limit: int | None, sums: int) -> Room:
+    def of(limit: int | None, sums: int, blocks: int = 1) -> Room:
         """Share out what is left of a limit.
 
         Args:
             limit: bytes for the whole process; None is what it takes now and half of what is free.
             sums: bytes that the sums over the samples take.
+            blocks: times that the fit of a block has a use for more than it gets otherwise.
 
         Raises:
             InputError: hardly anything is left.
@@ -68,10 +69,10 @@ class Room:
                 f" libraries, {text(sums)} by the sums over the samples), found {text(limit)}; try --memory"
                 f" {text(taken + 2 * _LEAST)}"
             )
-        parts = zip(_MOST, _PARTS, strict=True)
+        parts = zip((_BATCH, _FRONTIER, _ANSWERS, _ROWS, blocks * _BLOCK), _PARTS, strict=True)
         batch, frontier, answers, rows, block = (min(most, left // part) for most, part in parts)
         # unless asked for, what comes out does not depend on the machine
-        return Room(limit, batch, frontier, answers, rows, block if asked else _BLOCK)
+        return Room(limit, batch, frontier, answers, rows, block if asked else blocks * _BLOCK)
 
     def is_short(self, part: str) -> bool:
         """Whether a part gets less than it has a use for."""
@@ -92,7 +93,6 @@ class Room:
             )
 
 
-_MOST = (_BATCH, _FRONTIER, _ANSWERS, _ROWS, _BLOCK)
 _PARTS = (5, 12, 12, 6, 8)  # the fit of a block works with several copies
 
 

@@ -15,7 +15,7 @@ from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.answers import Answers
 from onnxprune.batches import LARGEST, Batches, batch_size, enough, rows_bytes, sample_bytes
 from onnxprune.blocks import BlockData, find_blocks
-from onnxprune.calibrate import Arrays, Sweep, collect
+from onnxprune.calibrate import FEW, Arrays, Sweep, collect
 from onnxprune.cluster import collect_on
 from onnxprune.compact import compact
 from onnxprune.costs import Several
@@ -41,6 +41,7 @@ from onnxprune.surroundings import Behind, Samples
 from onnxprune.targets import Limit
 
 _JUDGING = 5  # of so many samples of a block one is held out
+_FEW_BLOCKS = 2  # times as many positions are looked at where samples are few: neighbours say something then
 _RIDGE = 1e-4  # of the first, one-shot reconstructions
 
 
@@ -80,7 +81,8 @@ class Chooser:
         self.readers = find_readers(self.analysis)
         # statistics of all readers, and what is worked out from those of one
         sums = [8 * r.weights.shape[0] * r.width * (r.width + r.weights.shape[2]) for r in self.readers]
-        self.room = Room.of(self.memory, sum(sums) + 4 * max(sums, default=0))
+        blocks = _FEW_BLOCKS if len(self.data) < FEW else 1
+        self.room = Room.of(self.memory, sum(sums) + 4 * max(sums, default=0), blocks)
         # damage is measured on samples that the first reconstructions have not seen
         count = self.effort.damage_samples(len(self.data), len(self.analysis.groups))
         self.first, self.pricing = self.data.split(count) if count else (self.data, self.data)

@@ -48,6 +48,17 @@ def test_the_default_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) ->
     assert Room.of(None, 50 * MIB).limit > 150 * MIB
 
 
+@pytest.mark.parametrize(("limit", "share"), [(None, 2.0), (1 << 40, 2.0), (300 * MIB, 1.0)])
+def test_the_fit_of_blocks_gets_more_where_it_has_a_use_for_it(
+    limit: int | None, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never at the expense of the other parts, or of a limit."""
+    monkeypatch.setattr(memory, "resident", lambda: 100 * MIB)
+    one, two = Room.of(limit, 0), Room.of(limit, 0, 2)
+    assert two.block == share * one.block
+    assert (two.batch, two.frontier, two.answers, two.rows) == (one.batch, one.frontier, one.answers, one.rows)
+
+
 def test_a_container_s_limit_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("5\n")
