@@ -148,6 +148,50 @@ def state(node: Node, graph: Graph, shapes: Shapes) -> Statement:
     return Statement(node.label, node.op, relation, operands, node.outputs, not missing)
 
 
+def all_statements(graph: Graph, shapes: Shapes) -> tuple[Statement, ...]:
+    """What every node says; where what was seen does not tell how it broadcasts, up to the next layer, nothing."""
+    found: list[Statement] = []
+    unsure: dict[str, str] = {}  # tensors that may have other sizes than were seen, and the operator that says which
+    for node in graph.nodes:
+        statement = state(node, graph, shapes)
+        reached = [name for name in statement.inputs if name in unsure]
+        if reached and not (reached == [node.inputs[0]] and _is_sure(node, graph)):
+            op = unsure[reached[0]]
+            reason = f"{op} gives one of something here that it may give more of, which are broadcast in other ways"
+            statement = replace(statement, relation=Refusal(f"{reason}; export with fixed sizes"))
+            unsure.update(dict.fromkeys(node.outputs, op))
+        for group in _alternatives(node):
+            if any(_broadcast_otherwise([p.shapes[n] for n in group if n in p.shapes]) for p in shapes.probes):
+                unsure[group[0]] = node.op
+        found.append(statement)
+    return tuple(found)
+
+
+def _is_sure(node: Node, graph: Graph) -> bool:
+    """Whether the node is a layer whose weight says how many channels it gives."""
+    layer = layer_of(node, graph)
+    return layer is not None and (node.op != "MatMul" or len(graph.stored(layer.weight).dims) == 2)
+
+
+def _alternatives(node: Node) -> list[tuple[str, ...]]:
+    """Per output of a node with bodies that are laid open, its name and those of what it may hand on there."""
+    if node.choice:
+        return [(node.outputs[0], *node.captured)]
+    if node.turn is None:
+        return []
+    given, made = node.turn
+    before, counted = (2, 1) if node.op == "Loop" else (0, 0)
+    states = len(given) - before - int(node.attributes.get("num_scan_inputs", 0))
+    return [(node.outputs[k], node.inputs[before + k], made[counted + k]) for k in range(states)]
+
+
+def _broadcast_otherwise(shapes: list[tuple[int, ...]]) -> bool:
+    """Whether an axis, counted from the right, is absent or one in some and longer in others."""
+    rank = max(map(len, shapes), default=0)
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    return any(min(sizes) == 1 < max(sizes) for sizes in zip(*padded, strict=True))
+
+
 def partly_static(statements: Iterable[Statement]) -> set[AxisId]:
     """Axes that are products of static and dynamic factors, and that no operator takes for single positions.
 
@@ -262,7 +306,7 @@ def analyse(
         for name in shapes.probes[0].shapes
         if shapes.known(name) and (shape := shapes.shape(name)) is not None
     }
-    statements = tuple(state(node, graph, shapes) for node in graph.nodes)
+    statements = all_statements(graph, shapes)
     seeds = [*extra_seeds, *outside_seeds(graph, shapes, known, statements)]
     chosen = chosen_nodes(graph, only, exclude)
     sampled = frozenset(k for k in sampled if chosen is None or graph.nodes[k].label in chosen)

@@ -52,5 +52,5 @@ def deployed_feeds(
             array = rng.standard_normal(shape).astype(spec.dtype)
         elif shape != array.shape:
             array = np.resize(array, shape)
-        feeds[spec.name] = np.ascontiguousarray(array)
+        feeds[spec.name] = np.asarray(array, order="C")
     return feeds

@@ -327,7 +327,7 @@ class _Prober:
 
     def run(self, feeds: Feeds) -> Probe:
         given = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            name: ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
             for name, array in self.runtime.feeds(feeds).items()
         }
         shapes = {name: tuple(array.shape) for name, array in feeds.items()}

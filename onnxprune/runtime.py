@@ -129,7 +129,7 @@ class Runtime:
                 read = {name for graph in graphs(model) for node in graph.node for name in node.input}
                 read |= {value.name for value in model.graph.output}
                 values = {name: array for name, array in values.items() if name in read}
-        given = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in values.items()}
+        given = {name: ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C")) for name, array in values.items()}
         options.add_external_initializers(list(given), list(given.values()))
         if values and not optimise:  # run once or twice: weights are read where they are, without a second copy
             options.add_session_config_entry("session.disable_prepacking", "1")

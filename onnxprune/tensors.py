@@ -245,7 +245,7 @@ def stored(array: np.ndarray, like: onnx.TensorProto) -> onnx.TensorProto:
     """New values of a tensor: beside the message where the tensor was, if there is a place for them."""
     scratch = _CURRENT.get()
     if scratch is None or not is_outside(like) or array.nbytes < OUTSIDE:
-        new = numpy_helper.from_array(np.ascontiguousarray(array), like.name)
+        new = numpy_helper.from_array(np.asarray(array, order="C"), like.name)
         new.doc_string = like.doc_string
         return new
     entries = _entries(like)

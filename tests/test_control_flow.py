@@ -159,6 +159,15 @@ def unlike() -> onnx.ModelProto:
     return g.model(g.node("GlobalAveragePool", conv_of(g, y, 8)))
 
 
+def denied() -> onnx.ModelProto:
+    """A condition that is computed from a scalar input."""
+    g = Builder()
+    condition, x = g.Not(g.input("condition", [], BOOL)), wide(g)
+    one = stored(body([node("Conv", [x, "then_w"], "t")], [], "t"), then_w=(8, 6, 1, 1))
+    other = stored(body([node("Conv", [x, "else_w"], "e")], [], "e"), else_w=(8, 6, 1, 1))
+    return g.model(conv_of(g, g.node("If", condition, then_branch=one, else_branch=other, name="if"), 8))
+
+
 def nested() -> onnx.ModelProto:
     """The inner If of a branch sees the outermost graph."""
     g = Builder()
@@ -216,6 +225,7 @@ IFS: list[tuple[Callable[[], onnx.ModelProto], set[str]]] = [
     (sized, {"free_a", "seen", "one_a", "free_b"}),
     (turned, {"seen", "inner", "t"}),
     (unlike, {"free_a", "seen", "t", "free_b"}),
+    (denied, {"free_a", "seen", "t", "free_b"}),
 ]
 ids = {"ids": lambda case: getattr(case, "__name__", "")}
 
@@ -292,6 +302,61 @@ def test_both_branches_are_counted() -> None:
     assert report.prunable_macs == 1.0 and report.achieved.macs >= 1.5
     assert {"then_a", "then_b", "else_a"} <= set(report.removed)
     assert any("both branches of 1 If node are counted" in warning for warning in report.warnings)
+
+
+def one_or_more() -> onnx.ModelProto:
+    """Branches of 8 channels and of one, which an addition broadcasts: which of them was seen must not matter."""
+    g = Builder()
+    condition, x = g.input("condition", [], BOOL), wide(g)
+    one, other = (
+        stored(body([node("Conv", [x, f"{out}_w"], out)], [], out), **{f"{out}_w": (channels, 6, 1, 1)})
+        for out, channels in (("u", 1), ("v", 8))
+    )
+    y = g.node("If", condition, then_branch=one, else_branch=other, name="if")
+    return g.model(conv_of(g, g.Relu(g.Add(y, g.conv(x, 8, name="held"))), 8))
+
+
+def one_after_a_turn() -> onnx.ModelProto:
+    """A state of 8 channels that a turn sums up: without turns, it stays as long as it came."""
+    g = Builder()
+    x = g.Relu(g.linear(g.Relu(g.linear(g.input("x", [5, 7]), 16, name="free_a")), 8, name="held"))
+    nodes = [
+        node("Identity", ["go"], "on"),
+        node("MatMul", ["state", "w"], "made"),
+        node("ReduceSum", ["made", "last"], "sum"),
+        node("Add", ["sum", x], "next"),
+        node("Identity", ["sum"], "given"),
+    ]
+    infos = [helper.make_tensor_value_info("turn", INT64, []), helper.make_tensor_value_info("go", BOOL, [])]
+    infos += [helper.make_tensor_value_info(name, FLOAT, None) for name in ("state", "before")]
+    inner = stored(body(nodes, infos, "on", "next", "given"), w=(8, 8))
+    inner.initializer.append(numpy_helper.from_array(np.array([1]), "last"))
+    count = g.Squeeze(g.Shape(g.input("turns", ["t"])), g.const([0]))
+    made = g.node("Loop", count, g.const(True), x, g.Neg(x), body=inner, outputs=2, name="loop")
+    y = g.Relu(g.node("MatMul", g.Add(*made), g.weight(8, 10), name="free_b"))
+    return g.model(g.MatMul(y, g.weight(10, 3)))
+
+
+UNSURE: list[tuple[Callable[[], onnx.ModelProto], set[str], list[dict[str, np.ndarray]]]] = [
+    (one_or_more, {"free_a", "seen", "free_b"}, [{"condition": np.array(taken)} for taken in (True, False)]),
+    (one_after_a_turn, {"free_a", "made", "free_b"}, [{"turns": np.zeros(count, np.float32)} for count in (0, 1, 3)]),
+]
+
+
+@pytest.mark.parametrize(("make", "groups", "given"), UNSURE, **ids)
+def test_what_broadcasts_by_where_the_data_lead_stays(
+    make: Callable[[], onnx.ModelProto], groups: set[str], given: list[dict[str, np.ndarray]]
+) -> None:
+    model = make()
+    analysis, flat = laid_open(model)
+    assert {info.name for info in analysis.groups} == groups
+    assert any("gives one of something here that it may give more of" in f.reason for f in analysis.frozen)
+    new, _, plan, _ = pruned(model)
+    silent = flat.closed(silence(analysis, plan))
+    feeds = dict(analysis.shapes.probes[0].feeds)
+    for each in given:
+        for wanted, found in zip(run(silent, feeds | each), run(new, feeds | each), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 CASES = [(loop, "Loop"), (scan, "Scan")]
