@@ -99,8 +99,13 @@ def _can_open(node: onnx.NodeProto, defined: Counter[str]) -> bool:
 
 
 def can_lay_out(body: onnx.GraphProto, defined: Counter[str]) -> bool:
-    """Whether a body stores dense tensors alone, each under a name that nothing else has."""
-    return not body.sparse_initializer and all(defined[name] == 1 for name in stored_names(body))
+    """Whether a body stores dense tensors alone, each under a name that nothing else has.
+
+    Sequences stay in their bodies: between two layers that are fitted only tensors can be held.
+    """
+    if body.sparse_initializer or any("Sequence" in node.op_type for node in body.node):
+        return False
+    return all(defined[name] == 1 for name in stored_names(body))
 
 
 def _open(model: onnx.ModelProto, index: int, defined: Counter[str]) -> OpenIf:

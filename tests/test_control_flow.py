@@ -284,7 +284,19 @@ def not_both() -> onnx.ModelProto:
     return g.model(conv_of(g, g.node("If", condition, then_branch=one, else_branch=other, name="if"), 6))
 
 
-@pytest.mark.parametrize("make", [shadowing, not_both], **ids)
+def in_a_sequence() -> onnx.ModelProto:
+    """Branches that give sequences of one tensor each."""
+    g = Builder()
+    condition, x = g.input("condition", [], BOOL), wide(g)
+    one, other = (
+        body([node("Conv", [x, g.weight(6, 6, 1, 1)], f"{u}1"), node("SequenceConstruct", [f"{u}1"], u)], [], u)
+        for u in "uv"
+    )
+    y = g.node("If", condition, then_branch=one, else_branch=other, name="if")
+    return g.model(conv_of(g, g.node("SequenceAt", y, g.const(0)), 6))
+
+
+@pytest.mark.parametrize("make", [shadowing, not_both, in_a_sequence], **ids)
 def test_branches_that_cannot_be_laid_open_stay(make: Callable[[], onnx.ModelProto]) -> None:
     result = prune(make(), speedup=1.3, threads=1)
     assert {group.name for group in result.report.groups} == {"free_a", "free_b"}
