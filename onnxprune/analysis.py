@@ -163,8 +163,16 @@ def all_statements(graph: Graph, shapes: Shapes) -> tuple[Statement, ...]:
         for group in _alternatives(node):
             if any(_broadcast_otherwise([p.shapes[n] for n in group if n in p.shapes]) for p in shapes.probes):
                 unsure[group[0]] = node.op
+        if node.op in ("If", "Loop", "Scan") and not (node.domain or node.choice or node.turn):
+            unsure.update((name, node.op) for name in node.outputs if _may_be_longer(name, shapes))
         found.append(statement)
     return tuple(found)
+
+
+def _may_be_longer(name: str, shapes: Shapes) -> bool:
+    """Whether a tensor that a closed body gives may have more numbers along some axis; numbers of things have not."""
+    shape = shapes.shape(name)
+    return shape is not None and shapes.probes[0].types.get(name) in FLOATS and (not shape or 1 in shape)
 
 
 def _is_sure(node: Node, graph: Graph) -> bool:

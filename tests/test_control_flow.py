@@ -316,13 +316,13 @@ def test_both_branches_are_counted() -> None:
     assert any("both branches of 1 If node are counted" in warning for warning in report.warnings)
 
 
-def one_or_more() -> onnx.ModelProto:
+def one_or_more(closed: bool = False) -> onnx.ModelProto:
     """Branches of 8 channels and of one, which an addition broadcasts: which of them was seen must not matter."""
     g = Builder()
     condition, x = g.input("condition", [], BOOL), wide(g)
     one, other = (
-        stored(body([node("Conv", [x, f"{out}_w"], out)], [], out), **{f"{out}_w": (channels, 6, 1, 1)})
-        for out, channels in (("u", 1), ("v", 8))
+        stored(body([node("Conv", [x, f"{w}_w"], out)], [], out), **{f"{w}_w": (channels, 6, 1, 1)})
+        for out, w, channels in (("u", "u", 1), ("v", "u" if closed else "v", 8))
     )
     y = g.node("If", condition, then_branch=one, else_branch=other, name="if")
     return g.model(conv_of(g, g.Relu(g.Add(y, g.conv(x, 8, name="held"))), 8))
@@ -351,6 +351,7 @@ def one_after_a_turn() -> onnx.ModelProto:
 
 UNSURE: list[tuple[Callable[[], onnx.ModelProto], set[str], list[dict[str, np.ndarray]]]] = [
     (one_or_more, {"free_a", "seen", "free_b"}, [{"condition": np.array(taken)} for taken in (True, False)]),
+    (lambda: one_or_more(True), {"free_a", "free_b"}, [{"condition": np.array(taken)} for taken in (True, False)]),
     (one_after_a_turn, {"free_a", "made", "free_b"}, [{"turns": np.zeros(count, np.float32)} for count in (0, 1, 3)]),
 ]
 
