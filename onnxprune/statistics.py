@@ -26,11 +26,6 @@ class Statistics:
     energy: np.ndarray
     rows: int = 0
 
-    @staticmethod
-    def empty(columns: int, outputs: int) -> Statistics:
-        """Sums over nothing."""
-        return Statistics(np.zeros((columns, columns)), np.zeros((columns, outputs)), np.zeros(outputs))
-
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
             self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.rows + other.rows

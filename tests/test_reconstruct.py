@@ -166,7 +166,7 @@ def test_a_dead_channel_keeps_its_weights() -> None:
 def test_where_a_half_is_empty_the_strongest_ridge_is_taken(empty: int) -> None:
     rng = np.random.default_rng(4)
     x, weights = rows(30, rng), rng.standard_normal((COLUMNS, OUTPUTS))
-    folds = [summed(x, x @ weights), Statistics.empty(COLUMNS, OUTPUTS)]
+    folds = [summed(x, x @ weights), Sums(COLUMNS, OUTPUTS).statistics]
     found = fit(folds[::-1] if empty == 0 else folds, np.arange(COLUMNS), weights)
     assert found.ridge == max(RIDGES)
     np.testing.assert_allclose(found.weights, weights, atol=1e-9)
@@ -175,7 +175,7 @@ def test_where_a_half_is_empty_the_strongest_ridge_is_taken(empty: int) -> None:
 def test_without_any_rows_the_weights_are_sliced() -> None:
     weights = np.random.default_rng(5).standard_normal((COLUMNS, OUTPUTS))
     kept = np.array([0, 2, 7])
-    found = fit([Statistics.empty(COLUMNS, OUTPUTS)] * 2, kept, weights)
+    found = fit([Sums(COLUMNS, OUTPUTS).statistics] * 2, kept, weights)
     np.testing.assert_array_equal(found.weights, sliced(weights, kept))
 
 

@@ -231,7 +231,7 @@ def test_lasso_takes_off_the_target_what_always_stays() -> None:
 
 
 DEGENERATE = {
-    "nothing is read": lambda p: replace(p, statistics=Statistics.empty(*p.weights.shape)),
+    "nothing is read": lambda p: replace(p, statistics=Sums(*p.weights.shape).statistics),
     "no weights": lambda p: replace(p, weights=np.zeros_like(p.weights)),
     "no target": lambda p: replace(
         p, statistics=Statistics(p.statistics.gram, 0 * p.statistics.cross, 0 * p.statistics.energy)
