@@ -19,7 +19,7 @@ from onnxprune.macs import MacTerm, all_terms, holds_macs
 from onnxprune.positions import VARYING, AxisId, Kind, Seed, Statement
 from onnxprune.probe import Shapes
 from onnxprune.remedies import remedy
-from onnxprune.rules.base import TURN, OpView
+from onnxprune.rules.base import BODY, TURN, OpView
 
 _SAMPLED = "sampled"  # the letter of an input's channels of which a convolution reads some
 _NO_CHANNELS = (Kind.ONE, Kind.DYNAMIC)  # nothing is lost where these stay
@@ -135,10 +135,8 @@ def state(node: Node, graph: Graph, shapes: Shapes) -> Statement:
     operands = node.operands
     missing = [n for n in (*operands, *node.outputs) if n and not shapes.known(n)]
     if node.captured and not node.choice and node.turn is None:
-        # the branches of an If would have to be cut alike, and what a Loop carries as it was before the first turn
-        relation = Refusal(
-            f"{node.op} has a body, and channels that cross into a body stay; export without control flow"
-        )
+        # a body that was not laid open beside the graph: what is read in it from outside is not followed
+        relation = Refusal(f"{node.op} {BODY}")
     elif missing:
         relation = Refusal(f"the shape of {missing[0]} is not known")
     else:

@@ -86,6 +86,7 @@ class Repair:
     factor: float = 1.0
 
 
+BODY = "has a body, and channels that cross into a body stay; export without control flow"
 TURN = "onnxprune.turn"  # attribute of an open loop: how many inputs it has, and how many its body has
 Describe = Callable[[OpView], Relation | Refusal]
 Mend = Callable[[OpView, Kept], Repair]

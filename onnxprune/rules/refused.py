@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from onnxprune.axes import Refusal
-from onnxprune.rules.base import Row, Table, add
+from onnxprune.rules.base import BODY, Row, Table, add
 
 REASONS = {
     "ConvInteger MatMulInteger QLinearConv QLinearMatMul DynamicQuantizeLinear": (
         "works on integers; prune the float or the QDQ model, and quantise afterwards"
     ),
-    "SequenceMap": "has a body, and channels that cross into a body stay; export without control flow",
+    "SequenceMap": BODY,
     "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike": (
         "draws random numbers, so that no cut can be proven"
     ),

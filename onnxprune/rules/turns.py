@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onnxprune.axes import Refusal, Relation
-from onnxprune.rules.base import TURN, OpView, Row, Sizes, Table, add, relate
+from onnxprune.rules.base import BODY, TURN, OpView, Row, Sizes, Table, add, relate
 
 
 def _loop(op: OpView) -> Relation | Refusal:
@@ -20,7 +20,7 @@ def _scan(op: OpView) -> Relation | Refusal:
 
 def _turns(op: OpView, leading: int, scanned: tuple[int, ...]) -> Relation | Refusal:
     if TURN not in op.attributes:
-        return Refusal(f"{op.op} has a body, and channels that cross into a body stay; export without control flow")
+        return Refusal(f"{op.op} {BODY}")
     inputs, given = op.attributes[TURN]
     states = inputs - leading - len(scanned)
     first, last = inputs, inputs + given  # operands: what the node gets, what a turn gets, what a turn gives
