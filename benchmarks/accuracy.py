@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--speedups", default="1.5,2,3,4")
     parser.add_argument("--select", default="greedy,lasso,l1")
     parser.add_argument("--unfitted", action="store_true", help="each also without reconstruction")
+    parser.add_argument("--quick", action="store_true", help="what --quick gives")
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "accuracy")
@@ -173,6 +174,8 @@ def main() -> None:
             cases += [cifar(n, args.shared) for n in ("resnet20", "resnet56", "resnet56_bn")]
             cases.append(squeezenet(args.shared, Path(folder)))
         for case in (c for c in cases if args.only in c.name):
+            if args.quick:
+                case = replace(case, name=f"{case.name} --quick", options=(*case.options, "--quick"))
             data = case.test()
             before, _ = accuracy(case.model, data)
             for select in args.select.split(","):

@@ -116,8 +116,8 @@ class Sweep:
     Args:
         analysis: of the original.
         readers: to stop at, in graph order.
-        answers: of the original, for these readers at least; found when they are needed, if they are not known yet. The
-            data are those that they are on, and their blocks are stopped at as well, behind their last reader.
+        answers: of the original, for these readers at least; known. The data are those that they are on, and their
+            blocks are stopped at as well, behind their last reader.
         runtime: how to run.
         arrays: stored tensors that are changed from the start.
         room: what all this may take.
@@ -170,8 +170,6 @@ class Sweep:
             return self.arrays
         with Shelf(self.room.frontier) as shelf, Shelf(self.room.rows) as rows:
             here, answers = self._frontier(self.cuts[0]), self.answers
-            if not answers.are_known:
-                collect(self.analysis, (), self.batches, self.runtime, Progress(), answers=answers)
             pruned = self._enter(here, shelf)
             taking = {id(b): Taking(answers.views[b.tensor]) for b in self.blocks}
             done = {id(b): recall(b) for b in self.blocks}

@@ -217,7 +217,7 @@ def _cut_and_prove(prepared: Prepared, counts: np.ndarray) -> tuple[Plan, onnx.M
         close = network.flat.closed if network.flat.loops else None
         proof = prove(analysis, plan, sliced, tried, prepared.runtime, close)
         if network.flat.opened:
-            prove_alike(sliced, network.flat.closed(sliced), tried, prepared.runtime)
+            prove_alike(analysis.graph.model, sliced, network.flat.closed(sliced), tried, prepared.runtime)
         pruned = rewrite(analysis, plan, arrays, network.flat.copies)
         drop_biases(pruned, spare)
         pruned = network.flat.closed(pruned)

@@ -267,6 +267,9 @@ class Chooser:
                 fits = [refine(fits[0], samples, samples.saturation, left, reader.weights[0])]
             return self._fitted(reader, fits, silent)
 
+        if not answers.are_known:  # after a run that was stopped, on a cluster, or with more samples than are fitted to
+            with self.progress.stage("calibrate", len(answers.batches.data)):
+                collect(self.analysis, (), answers.batches, self.runtime, self.progress, answers=answers)
         with self.progress.stage("reconstruct", len(cut)):
             found = runner.run(steps.reader(fit_reader), steps.block(self._fit_block), self.progress, steps.recall)
         if (count := len(self._fitted_to)) < len(self.data):

@@ -115,8 +115,12 @@ def prove(
     return Proof(worst, where, compared, f"{len(feeds)} batches, every inner tensor that kept its shape{how}")
 
 
-def prove_alike(flat: onnx.ModelProto, nested: onnx.ModelProto, feeds: list[Feeds], runtime: Runtime) -> None:
+def prove_alike(
+    original: onnx.ModelProto, flat: onnx.ModelProto, nested: onnx.ModelProto, feeds: list[Feeds], runtime: Runtime
+) -> None:
     """Compare the cut model with itself after its branches were put back: they compute the same, whichever are taken.
+
+    And whichever the original runs with, the cut model runs with.
 
     Raises:
         InternalError: they do not.
@@ -124,11 +128,17 @@ def prove_alike(flat: onnx.ModelProto, nested: onnx.ModelProto, feeds: list[Feed
     runtime = _suited([flat, nested], replace(runtime, provider="cpu"))
     have = {name for node in nested.graph.node for name in node.output}
     names = [name for node in flat.graph.node for name in node.output if name in have - {""}]
+    outputs = [value.name for value in original.graph.output]
     for taken in (None, True, False):
         for feed in feeds:
             first, second = (_run_forced(model, taken, names, feed, runtime) for model in (flat, nested))
             if (first is None) != (second is None):
                 raise InternalError("the proof failed: the model does not run any more when its branches are put back")
+            if first is None and _run_forced(original, taken, outputs, feed, runtime) is not None:
+                raise InternalError(
+                    "the proof failed: with the other branch taken, the original runs and the cut model does not;"
+                    " nothing was written. Please report the model"
+                )
             for name, a, b in zip(names, first or [], second or [], strict=False):
                 if isinstance(a, np.ndarray) and a.dtype.kind == "f":
                     alike = a.shape == b.shape and difference(a, b) < _ALIKE

@@ -175,7 +175,7 @@ def pruned(model: onnx.ModelProto, seed: int = 0, share: float = 0.5) -> tuple[o
     proof = prove(analysis, plan, cut, feeds, RUNTIME, flat.closed if flat.loops else None)
     new = flat.closed(cut)
     if flat.opened:
-        prove_alike(cut, new, feeds, RUNTIME)
+        prove_alike(analysis.graph.model, cut, new, feeds, RUNTIME)
     ort.InferenceSession(new.SerializeToString(), providers=["CPUExecutionProvider"])  # with all optimisations
     if all(o.type.tensor_type.HasField("shape") for o in new.graph.output):  # else the builder could not infer it
         onnx.checker.check_model(new)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
 import onnx
 import pytest
-from builder import Builder, analysed, laid_open, pruned, random_plan, run
+from builder import RUNTIME, Builder, analysed, laid_open, pruned, random_plan, run
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.api import prune
 from onnxprune.counting import count_model_macs
+from onnxprune.errors import InternalError
 from onnxprune.plan import Plan
 from onnxprune.rewrite import rewrite
-from onnxprune.verify import silence
+from onnxprune.verify import prove_alike, silence
 
 BOOL, INT64, FLOAT = TensorProto.BOOL, TensorProto.INT64, TensorProto.FLOAT
 
@@ -591,3 +593,20 @@ def test_pruned_from_end_to_end(make: Callable[[], onnx.ModelProto]) -> None:
     result = prune(make(), speedup=1.3, threads=1, best_effort=True)
     assert result.report.achieved.macs > 1.1
     assert not [w for w in result.report.warnings if "are not counted" in w]
+
+
+@pytest.mark.parametrize(("width", "fits"), [(3, True), (2, False)])
+def test_a_cut_that_fails_in_the_other_branch_only_is_refused(width: int, fits: bool) -> None:
+    def choosing(size: int) -> onnx.ModelProto:
+        return onnx.parser.parse_model(
+            f"""<ir_version: 8, opset_import: ["" : 17]>
+            g (float[n, 3] x, bool c) => (float[a, b] y) <int64[2] w = {{2, {size}}}> {{
+                y = If (c) <then_branch = t () => (float[n, 3] a) {{ a = Relu (x) }},
+                            else_branch = e () => (float[n, 3] b) {{ b = Reshape (x, w) }}>
+            }}"""
+        )
+
+    feeds = [{"x": np.ones((2, 3), np.float32), "c": np.array(True)}]
+    original, cut = choosing(3), choosing(width)
+    with contextlib.nullcontext() if fits else pytest.raises(InternalError, match="the original runs and the cut"):
+        prove_alike(original, cut, cut, feeds, RUNTIME)
