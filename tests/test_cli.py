@@ -475,7 +475,7 @@ def test_help_imports_nothing_heavy(arguments):
 
 def test_a_process_ends_with_the_status(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "onnxprune.cli", str(tmp_path / "nowhere.onnx")],
+        [sys.executable, "-m", "onnxprune", str(tmp_path / "nowhere.onnx")],
         capture_output=True,
         text=True,
         check=False,

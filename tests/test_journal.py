@@ -179,7 +179,7 @@ def test_the_command_goes_on_after_it_was_killed(
     line = "m.onnx --data data.npz --threads 1 --batch-size 4 --speedup 2"
     assert main([*line.split(), "-o", "whole.onnx"]) == 0
     assert not any((cache_folder() / "runs").iterdir())
-    running = subprocess.Popen([sys.executable, "-m", "onnxprune.cli", *line.split()], stderr=subprocess.PIPE)
+    running = subprocess.Popen([sys.executable, "-m", "onnxprune", *line.split()], stderr=subprocess.PIPE)
     try:
         while running.poll() is None and len(list(cache_folder().glob("runs/*/*.npz"))) < 4:
             time.sleep(0.001)
