@@ -1,14 +1,16 @@
 """The command line: arguments in, exit status out. Only click is imported here, so that --help answers at once.
 
 Exit statuses: 0 done, 1 a fault of onnxprune, 2 the model, the data or the options cannot be used as given,
-3 the speed-up cannot be reached, 130 interrupted. Results go to stdout, everything else to stderr.
+3 the speed-up cannot be reached, 130 interrupted or told to end. Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -423,6 +425,19 @@ def _status(error: BaseException, verbose: bool) -> int:
     return InternalError.exit_status
 
 
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Being told to end (SIGTERM: a CI job is cancelled) interrupts like Ctrl-C, so that no scratch files are left."""
+    if threading.current_thread() is not threading.main_thread():  # only this one may say what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -430,7 +445,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what the terminal's encoding lacks becomes a question mark
     try:
-        status = cli.main(given, prog_name="onnxprune", standalone_mode=False)
+        with _told_to_end():
+            status = cli.main(given, prog_name="onnxprune", standalone_mode=False)
     except SystemExit as error:  # click's own way out of a closed pipe
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:

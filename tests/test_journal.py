@@ -198,6 +198,25 @@ def test_the_command_goes_on_after_it_was_killed(
     assert "nothing to resume" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+def test_the_command_leaves_no_scratch_files_when_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONNXPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    onnx.save(network(), "m.onnx")
+    np.savez("data.npz", x=X)
+    line = "m.onnx --data data.npz --threads 1 --batch-size 4 --speedup 2"
+    running = subprocess.Popen([sys.executable, "-m", "onnxprune", *line.split()], stderr=subprocess.PIPE, text=True)
+    while running.poll() is None and not list(scratch.glob("onnxprune-*")):
+        time.sleep(0.001)
+    running.terminate()
+    said = running.communicate()[1]
+    assert (running.returncode, list(scratch.glob("onnxprune-*"))) == (130, [])
+    assert "interrupted" in said and not Path("m.pruned.onnx").exists()
+
+
 def test_the_command_says_that_it_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
