@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
+from scipy.special import stdtrit
 
 from onnxprune.errors import InputError
 from onnxprune.graph import FLOATS
@@ -21,6 +23,8 @@ Runnable: TypeAlias = bytes | onnx.ModelProto | ort.InferenceSession
 
 _WARM_UP_RUNS = 3
 _WARM_UP_SHARE = 0.1  # of the time allowed; slow models are warm after one run
+_STARTS, _FEWEST_STARTS = 6, 4  # sessions of a pair, one after the other, for a ratio
+_ROUNDS = (5, 500)  # fewest and most of each
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,9 @@ def measure_latency(
 class Ratio:
     """How many times less a second model takes than a first, with a 95 % interval, and seconds of the first.
 
-    ``clock`` is wall, or thread: the processor time of the one thread that computes.
+    ``starts`` are the ratios of fresh sessions of both: where a session's memory comes to lie makes a difference that
+    stays as long as it does, and that the models share no more than their runs. The ratio is their geometric mean, the
+    interval Student's. ``clock`` is wall, or thread: the processor time of the one thread that computes.
     """
 
     ratio: float
@@ -91,6 +97,22 @@ class Ratio:
     seconds: float
     rounds: int
     clock: str
+    starts: tuple[float, ...]
+
+    @staticmethod
+    def of(starts: Sequence[float], seconds: float, rounds: int, clock: str) -> Ratio:
+        """The ratio that at least two starts say."""
+        logs = np.log(starts)
+        count, middle = len(logs), float(np.mean(logs))
+        half = float(stdtrit(count - 1, 0.975) * np.std(logs, ddof=1) / np.sqrt(count))
+        low, ratio, high = np.exp([middle - half, middle, middle + half]).tolist()
+        return Ratio(ratio, low, high, seconds, rounds, clock, tuple(starts))
+
+    def __add__(self, other: Ratio) -> Ratio:
+        """What two measurements of the same models say together."""
+        rounds = self.rounds + other.rounds
+        seconds = (self.rounds * self.seconds + other.rounds * other.seconds) / rounds
+        return Ratio.of((*self.starts, *other.starts), seconds, rounds, self.clock)
 
 
 def measure_ratio(
@@ -100,20 +122,27 @@ def measure_ratio(
     runtime: Runtime,
     *,
     seconds: float = 3.0,
-    max_runs: int = 400,
 ) -> Ratio:
-    """Time two models in turns: the median of the rounds' ratios, and the order statistics that enclose it.
+    """Time two models in turns, in several fresh sessions one after the other; of each start the rounds' median ratio.
+
+    Args:
+        before: the first model.
+        after: the second.
+        feeds: one batch.
+        runtime: provider and threads.
+        seconds: to spend; slow models take longer, in fewer starts.
 
     Raises:
         InputError: onnxruntime refuses a model, or cannot run it on these feeds.
     """
-    first, second = _rounds([before, after], feeds, runtime, runtime.clock, seconds, 20, max_runs)
-    ratios = np.sort(np.array(first) / np.maximum(second, 1e-9))
-    count, middle = len(ratios), float(np.median(ratios))
-    half = 1.96 * np.sqrt(count) / 2  # ranks of a median are binomial
-    low, high = (int(np.clip(count / 2 + side * half, 0, count - 1)) for side in (-1, 1))
-    name = "thread" if runtime.computes_alone else "wall"
-    return Ratio(middle, float(ratios[low]), float(ratios[high]), float(np.median(first)), count, name)
+    starts: list[float] = []
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(starts) < _FEWEST_STARTS or (len(starts) < _STARTS and time.perf_counter() - begin < seconds):
+        first, second = _rounds([before, after], feeds, runtime, runtime.clock, seconds / _STARTS, *_ROUNDS)
+        starts.append(float(np.median(np.array(first) / np.maximum(second, 1e-9))))
+        times += first
+    return Ratio.of(starts, float(np.median(times)), len(times), "thread" if runtime.computes_alone else "wall")
 
 
 def _rounds(
@@ -142,8 +171,10 @@ def _rounds(
             break
         order = range(len(sessions))
         for index in order if round_number % 2 == 0 else reversed(order):
+            run = functools.partial(_run, sessions[index], feeds)
+            runtime.take_turn(run, times[index][-1] if times[index] else np.nan)
             before = clock()
-            _run(sessions[index], feeds)
+            run()
             times[index].append(clock() - before)
     return times
 

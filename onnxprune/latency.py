@@ -20,7 +20,7 @@ from onnxprune.progress import Progress
 from onnxprune.staircase import Line, Surface, Surfaces
 from onnxprune.stopwatch import Stopwatch
 
-SECONDS = 60.0  # after which no further widths are measured
+SECONDS = 45.0  # after which no further widths are measured
 _WAVES = 12
 _WORTH = 0.001  # of the time of all parts: steps that could win less are not looked for
 _INSIDE = ((0.5, 0.5), (0.5, 0.25), (0.25, 0.5))  # shares of both widths where their interplay is measured
@@ -135,9 +135,8 @@ class TimeCost(Cost):
                 best = kept
         return best
 
-    def correct(self, kept: np.ndarray, seconds: float) -> None:
-        """Take note of what the network took at these kept counts."""
-        won = self.won(kept)
+    def correct(self, won: float, seconds: float) -> None:
+        """Take the network to need this time where the parts alone win so many seconds."""
         if won > 0:
             self.trust = float(np.clip((self.whole - seconds) / won, 0.05, 20.0))
 

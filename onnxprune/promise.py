@@ -12,6 +12,7 @@ import onnx
 from onnxprune.analysis import Analysis
 from onnxprune.cost import Ratio, measure_ratio
 from onnxprune.counting import nominal_shapes
+from onnxprune.errors import UnreachableTarget
 from onnxprune.latency import Kind, TimeCost, measure_parts, measure_widths, time_cost, timed_choices
 from onnxprune.progress import Progress
 from onnxprune.runtime import Runtime
@@ -20,7 +21,9 @@ from onnxprune.targets import Limit, Wanted, unreachable
 
 MISSED = 0.05  # relative: a ratio further off is solved again
 _CLOSE = 0.015  # relative: as near as rounds try to come
-_ROUNDS = 10
+_ROUNDS = 8  # measurements of cut networks, after that of the fastest
+_LOOKS = 2  # at what is written; one that its interval leaves in doubt gets one more
+_NUDGES = (0.0, 0.01, -0.01, 0.02, -0.02, 0.04, -0.04)  # of what is asked of the table, until a network is a new one
 _NAMED = 5  # of the places where time stays
 _SOLVED_AGAIN = 6  # on a table with more widths, at most
 
@@ -30,10 +33,25 @@ Solve = Callable[[list[Limit]], np.ndarray]  # kept counts under limits
 
 @dataclass(frozen=True)
 class Step:
-    """One round: the ratio that the table promised, and the one that was seen on the cut network."""
+    """One round: the ratio that the table promised, and the one that was seen on the cut network, with its interval.
+
+    Of a network that was measured before, all measurements count together.
+    """
 
     promised: float
     seen: float
+    low: float
+    high: float
+
+
+@dataclass(eq=False)
+class Tried:
+    """A network that was measured: how often, and whether it came of the budget, under all limits."""
+
+    counts: np.ndarray
+    found: Ratio
+    looks: int = 1
+    solved: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,8 +109,9 @@ class Timing:
     progress: Progress
     kinds: list[Kind] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    reachable: float = 1.0
+    tried: dict[bytes, Tried] = field(default_factory=dict)  # by kept counts
     goal: float = field(init=False)  # the ratio that is aimed at
+    best_effort: bool = field(default=False, init=False)
     cost: TimeCost = field(init=False)
     _measured: Ratio = field(init=False)
     _least: float = field(default=1.0, init=False)  # share of the time that is left where it is shortest
@@ -108,6 +127,7 @@ class Timing:
         Raises:
             UnreachableTarget: even the fastest network that was found takes too long, unless ``best_effort``.
         """
+        self.best_effort = best_effort
         watch = self.watch = Stopwatch(self.runtime, self.cache)
         with self.progress.stage("time layers"):
             deployed = nominal_shapes(self.analysis.graph, self.runtime, self.feeds)
@@ -118,18 +138,30 @@ class Timing:
             choices = timed_choices(self.kinds, choices)
             fastest = self._on_known_widths(lambda: self.cost.fastest(choices))
             seen = self._see(fastest)
+            least = self.wanted.speedup * (1 - MISSED)
+            while seen.found.low <= least <= seen.found.high and seen.looks <= _LOOKS:
+                seen = self._see(fastest)
+            self.cost.correct(self.cost.won(fastest), self.cost.whole / seen.found.ratio)
             self._least = self.cost.total(fastest) / self.cost.whole
             self._stays = self._where_time_stays(fastest)
-            self.reachable = seen.ratio
-        if seen.high < self.wanted.speedup * (1 - MISSED):
-            if not best_effort or seen.high <= 1.0:
-                where = (
-                    f" (measured on {self.runtime.provider}; {self._least:.0%} of the time does not follow the widths,"
-                    f" most of it at {next(iter(self._stays))})"
-                )
-                raise unreachable(self.analysis, self.wanted, self.reachable, where)
-            self.goal = seen.ratio
+        if seen.found.ratio < least:
+            if not best_effort or seen.found.high <= 1.0:
+                raise self._unreachable()
+            self.goal = seen.found.ratio
         return list(choices)
+
+    @property
+    def reachable(self) -> float:
+        """The largest ratio measured."""
+        return max((each.found.ratio for each in self.tried.values()), default=1.0)
+
+    def _unreachable(self) -> UnreachableTarget:
+        fastest = max(self.tried.values(), key=lambda each: each.found.ratio).found
+        where = (
+            f" (measured on {self.runtime.provider}, 95 % interval {fastest.low:.2f} to {fastest.high:.2f};"
+            f" {self._least:.0%} of the time does not follow the widths, most of it at {next(iter(self._stays))})"
+        )
+        return unreachable(self.analysis, self.wanted, self.reachable, where)
 
     def _where_time_stays(self, fastest: np.ndarray) -> dict[str, float]:
         """What takes the most time where the network is fastest, largest first, in shares of the original's time."""
@@ -152,51 +184,111 @@ class Timing:
             self.cost.trust = trust
         return find()
 
-    def _see(self, counts: np.ndarray) -> Ratio:
+    def _see(self, counts: np.ndarray) -> Tried:
+        """Measure a cut network; of one that was measured before, both together count."""
         found = measure_ratio(self.original, self.cut(counts), self.feeds, self.runtime)
-        self.steps.append(Step(self.cost.whole / self.cost.total(counts), found.ratio))
-        self.cost.correct(counts, self.cost.whole / found.ratio)
-        self.reachable = max(self.reachable, found.ratio)
-        return found
+        seen = self.tried.get(counts.tobytes())
+        if seen is None:
+            seen = self.tried[counts.tobytes()] = Tried(counts, found)
+        else:
+            seen.found, seen.looks = seen.found + found, seen.looks + 1
+        promised = self.cost.whole / self.cost.total(counts)
+        self.steps.append(Step(promised, seen.found.ratio, seen.found.low, seen.found.high))
+        return seen
 
     def solve(self, allocate: Solve, others: list[Limit]) -> np.ndarray:
         """Kept counts with which the cut network, measured, comes nearest to the ratio.
 
-        After every round the table is trusted as far as the last network bears out; once networks on both sides of the
-        ratio were seen, never outside what gave those two.
+        Every round asks the table for what would be right if it erred between the nearest slower and the nearest faster
+        network measured as it did there. A network that its interval leaves in doubt is measured again rather than
+        corrected, and so is the one that is to be written.
+
+        Args:
+            allocate: kept counts under limits.
+            others: limits besides the time; they may ask for more than the ratio does.
+
+        Raises:
+            UnreachableTarget: even the fastest network, measured again, is too slow, unless that is to be passed over.
         """
-        best, nearest = np.empty(0, np.int64), np.inf
-        seen: dict[bytes, Ratio] = {}
-        slow, fast = np.inf, 0.0  # trusts that gave too slow and too fast a network
         with self.progress.stage("meet the time", _ROUNDS):
-            for _ in range(_ROUNDS):
-                trust = self.cost.trust
-                counts = self._on_known_widths(
-                    lambda: allocate([Limit("latency", self.cost, self.cost.whole / self.goal), *others])
-                )
-                again = counts.tobytes() in seen
-                found = seen[counts.tobytes()] if again else self._see(counts)
-                seen[counts.tobytes()] = found
+            for left in reversed(range(_ROUNDS)):
+                best, counts = self._nearest(others), None
+                if best is not None and best.solved:
+                    if best.looks < self._looks(best, others):
+                        counts = best.counts
+                    elif self._is_met(best, others):
+                        break
+                if counts is None and (left or best is None):
+                    counts = self._untried(allocate, others)
+                if counts is None:  # the widths, or the rounds, allow no other
+                    best = self._nearest(others)
+                    if best is None or best.looks >= _LOOKS:
+                        break
+                    counts = best.counts
+                self._see(counts).solved = True
                 self.progress.advance()
-                miss = found.ratio / self.goal - 1
-                # other limits may ask for more than the ratio does
-                gap = max(-miss, 0.0) if others and miss > 0 else abs(miss)
-                if gap < nearest:
-                    best, nearest = counts, gap
-                slow, fast = (min(slow, trust), fast) if miss < 0 else (slow, max(fast, trust))
-                # of a ratio that cannot be told from the goal, no further round knows better
-                met = gap <= _CLOSE or (gap <= MISSED / 2 and found.low <= self.goal <= found.high)
-                if met or (again and not (np.isfinite(slow) and fast)) or slow < fast * 1.001:
-                    break
-                if np.isfinite(slow) and fast and not fast < self.cost.trust < slow:
-                    self.cost.trust = float(np.sqrt(slow * fast))
-        return best
+        found = self._nearest(others)
+        if found is None or (found.found.ratio < self.goal * (1 - MISSED) and not self.best_effort):
+            raise self._unreachable()
+        return found.counts
+
+    def _gap(self, each: Tried) -> float:
+        return abs(each.found.ratio / self.goal - 1)
+
+    def _is_met(self, each: Tried, others: list[Limit]) -> bool:
+        """Whether no further network need be tried: of a ratio that cannot be told from the goal, none knows better."""
+        enough = others and each.found.ratio >= self.goal
+        return bool(enough or self._gap(each) <= (MISSED / 2 if self._may_be_right(each) else _CLOSE))
+
+    def _may_be_right(self, each: Tried) -> bool:
+        return each.found.low <= self.goal <= each.found.high
+
+    def _looks(self, each: Tried, others: list[Limit]) -> int:
+        """How often it has to be measured before anything follows from it."""
+        if self._is_met(each, others):
+            return _LOOKS
+        return _LOOKS + 1 if self._may_be_right(each) else 1
+
+    def _nearest(self, others: list[Limit]) -> Tried | None:
+        """Of the networks measured the one to write, so far; where none is near enough, the nearest faster one."""
+
+        def rank(each: Tried) -> tuple[bool, bool, bool, float]:
+            far = self._gap(each) > MISSED
+            return far and each.found.ratio < self.goal, far, not each.solved, self._gap(each)
+
+        return min((each for each in self.tried.values() if each.solved or not others), key=rank, default=None)
+
+    def _untried(self, allocate: Solve, others: list[Limit]) -> np.ndarray | None:
+        """Kept counts of a network that was not measured yet, where the ratio is expected; None where there is none."""
+        aim = 1 - 1 / self.goal  # the share of the time to win
+        won = [(1 - 1 / each.found.ratio, self.cost.won(each.counts)) for each in self.tried.values()]
+        slower = max((each for each in won if 0.0 < each[0] <= aim), default=(0.0, 0.0))
+        faster = min((each for each in won if each[0] > aim), default=None)
+        if faster is not None:
+            asked = slower[1] + (aim - slower[0]) / (faster[0] - slower[0]) * (faster[1] - slower[1])
+        else:
+            asked = slower[1] * aim / slower[0] if slower[0] > 0 else self.cost.all_parts
+        seconds = self.cost.whole / self.goal
+        for nudge in _NUDGES:
+            self.cost.correct(asked * (1 + nudge), seconds)
+            counts = self._on_known_widths(lambda: allocate([Limit("latency", self.cost, seconds), *others]))
+            seen = self.tried.get(counts.tobytes())
+            if seen is None:
+                return counts
+            seen.solved = True
+        return None
 
     def keeps_promise(self, pruned: onnx.ModelProto, counts: np.ndarray) -> bool:
-        """Measure the finished network; whether its ratio is near enough, or further rounds come no nearer."""
-        found = self._measured = measure_ratio(self.original, pruned, self.feeds, self.runtime, seconds=5.0)
-        self.cost.correct(counts, self.cost.whole / found.ratio)
-        return abs(found.ratio / self.goal - 1) <= MISSED
+        """Measure the finished network; whether its ratio is near enough. If not, more is known of its cut."""
+        found = measure_ratio(self.original, pruned, self.feeds, self.runtime, seconds=5.0)
+        if abs(found.ratio / self.goal - 1) > MISSED:
+            found = found + measure_ratio(self.original, pruned, self.feeds, self.runtime, seconds=5.0)
+        self._measured = found
+        kept = abs(found.ratio / self.goal - 1) <= MISSED
+        if not kept:
+            seen = self.tried[counts.tobytes()]
+            seen.found = seen.found + found
+        return kept
 
     def entry(self) -> LatencyEntry:
         """What the report says of the network that was finished last."""

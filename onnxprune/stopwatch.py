@@ -23,8 +23,9 @@ from onnxprune.runtime import Runtime
 Array = npt.NDArray[Any]
 
 _TOGETHER = 48  # sessions held at once
-_ROUNDS = (6, 40)  # fewest and most
+_ROUNDS = (6, 30)  # fewest and most
 _FEWEST_SLOW, _LONGEST = 3, 0.4  # rounds that a model gets that takes longer than so many seconds in all
+_LOOKED_AT = 3  # every so many rounds it is seen which are done
 _STRETCH = 1e-3  # seconds of runs of one model per round
 _MOST_RUNS = 24  # per round
 _TIGHT = 0.006  # relative standard error at which a model is done
@@ -112,7 +113,7 @@ class Stopwatch:
             for k in rng.permutation([0, *left]):
                 values[round_number, k] = clocks[k].time()
                 spent[k] += clocks[k].runs * values[round_number, k]
-            if round_number + 1 >= _ROUNDS[0]:
+            if round_number + 1 >= _ROUNDS[0] and round_number % _LOOKED_AT == 0:
                 even = at_even_pace(values[: round_number + 1])
                 left = np.array([k for k in left if robust(even[:, k])[1] > _TIGHT], dtype=np.int64)
             if round_number + 1 >= _FEWEST_SLOW:
@@ -160,14 +161,17 @@ class _Running:
     """A session with its inputs, warmed up."""
 
     def __init__(self, runtime: Runtime, model: onnx.ModelProto) -> None:
-        self.session, self.feeds, self.now = runtime.session(model, spinning=True), example(model), runtime.clock
-        before = self.now()
-        for _ in range(2):
+        self.session, self.feeds, self.runtime = runtime.session(model, spinning=True), example(model), runtime
+        self.now = runtime.clock
+        for _ in range(3):
+            before = self.now()
             self.session.run(None, self.feeds)
-        self.runs = int(np.clip(2 * _STRETCH / max(self.now() - before, 1e-6), 1, _MOST_RUNS))
+            self.seconds = self.now() - before
+        self.runs = int(np.clip(_STRETCH / max(self.seconds, 1e-6), 1, _MOST_RUNS))
 
     def time(self) -> float:
         """Median seconds of a few runs."""
+        self.runtime.take_turn(lambda: self.session.run(None, self.feeds), self.seconds)
         found = []
         for _ in range(self.runs):
             before = self.now()
@@ -214,7 +218,7 @@ def machine(runtime: Runtime) -> str:
             "device": _gpu() if runtime.provider in ("cuda", "tensorrt") else _processor(),
             "threads": runtime.thread_count,
             "clock": "thread" if runtime.computes_alone else "wall",
-            "version": 3,  # of how is measured
+            "version": 4,  # of how is measured
         },
         sort_keys=True,
     )
