@@ -15,6 +15,7 @@ from onnxprune.errors import InputError
 from onnxprune.graph import FLOATS, Graph, Node
 from onnxprune.groups import Coupling, Group, couple
 from onnxprune.layers import Layer, contracted_axes, layer_of, made_axes, silencing, weighted_axes
+from onnxprune.loops import why_closed
 from onnxprune.macs import MacTerm, all_terms, holds_macs
 from onnxprune.positions import VARYING, AxisId, Kind, Seed, Statement
 from onnxprune.probe import Shapes
@@ -134,16 +135,19 @@ def state(node: Node, graph: Graph, shapes: Shapes) -> Statement:
     relation: BoundRelation | Refusal
     operands = node.operands
     missing = [n for n in (*operands, *node.outputs) if n and not shapes.known(n)]
+    refused = rules.refusal(node.domain, node.op, graph.opsets.get(node.domain, 1))
     if node.captured and not node.choice and node.turn is None:
         # a body that was not laid open beside the graph: what is read in it from outside is not followed
         relation = Refusal(f"{node.op} {BODY}")
+    elif refused is not None:
+        relation = refused
     elif missing:
         relation = Refusal(f"the shape of {missing[0]} is not known")
     else:
         relation = rules.describe(view(node, graph, shapes))
         if node.entry and not isinstance(relation, Refusal):
             relation = replace(relation, zero=())
-    return Statement(node.label, node.op, relation, operands, node.outputs, not missing)
+    return Statement(node.label, node.op, relation, operands, node.outputs, not missing or refused is not None)
 
 
 def all_statements(graph: Graph, shapes: Shapes) -> tuple[Statement, ...]:
@@ -424,10 +428,12 @@ def _frozen(
             remedy(s),
         )
         for s, (count, nodes) in held.items()
-    ) + tuple(_frozen_body(graph.nodes[index], macs) for index, macs in sorted(nominal.turns.items()) if macs)
+    ) + tuple(_frozen_body(graph, graph.nodes[index], macs) for index, macs in sorted(nominal.turns.items()) if macs)
 
 
-def _frozen_body(node: Node, macs: float) -> Frozen:
+def _frozen_body(graph: Graph, node: Node, macs: float) -> Frozen:
     """The layers in the body of a loop."""
-    reason, place = f"layers in the body of {node.op} stay as they are", (node.outputs[0], 0)
-    return Frozen(reason, node.label, node.op, *place, 0, (node.label,), macs, "", "export without control flow")
+    why, _, what = why_closed(graph.model, node.index).partition("; ")
+    reason = f"layers in the body of {node.op} stay as they are" + (f": {why}" if why else "")
+    what = what or "export without control flow"
+    return Frozen(reason, node.label, node.op, node.outputs[0], 0, 0, (node.label,), macs, "", what)

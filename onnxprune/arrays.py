@@ -62,7 +62,9 @@ def _column(spec: InputSpec, values: Array, request: Request, where: str) -> _Co
     rank = len(spec.shape)
     dynamic = rank > 0 and spec.shape[0] is None
     batch = (spec.shape[0] or 1) if rank else 0
-    if dynamic and values.ndim == rank + 1 and values.shape[1] == 1:
+    if not spec.stacks and values.ndim == rank:
+        values = values[None]  # one record
+    if dynamic and spec.stacks and values.ndim == rank + 1 and values.shape[1] == 1:
         values = values[:, 0]  # feeds of one sample each are samples
     constant = not dynamic and fits(spec.shape, values.shape)
     if constant or values.ndim == rank + 1:

@@ -78,6 +78,13 @@ def all_names(model: onnx.ModelProto) -> Counter[str]:
     return Counter(name for graph in graphs(model) for name in _defined(graph))
 
 
+def names_of(body: onnx.GraphProto) -> Counter[str]:
+    """The same of a body and those in it."""
+    alone = onnx.ModelProto()
+    alone.graph.CopyFrom(body)
+    return all_names(alone)
+
+
 def _defined(graph: onnx.GraphProto) -> Iterator[str]:
     """Names that a graph gives to tensors; not those of the bodies in it."""
     stored = {t.name for t in graph.initializer}
@@ -95,17 +102,24 @@ def _can_open(node: onnx.NodeProto, defined: Counter[str]) -> bool:
     """Whether the branches hold nodes and dense tensors, each of which the report can call by its name."""
     both = list(bodies(node))
     alike = all(len(body.output) == len(node.output) and not body.input for body in both)
-    return len(both) == 2 and alike and all(can_lay_out(body, defined) for body in both)
+    return len(both) == 2 and alike and not any(obstacle(body, defined) for body in both)
 
 
-def can_lay_out(body: onnx.GraphProto, defined: Counter[str]) -> bool:
-    """Whether a body stores dense tensors alone, each under a name that nothing else has.
+def obstacle(body: onnx.GraphProto, defined: Counter[str]) -> str:
+    """What keeps a body from being laid open, and how to be rid of it; nothing where it can be.
 
-    Sequences stay in their bodies: between two layers that are fitted only tensors can be held.
+    Sequences stay in their bodies: between two layers that are fitted only tensors can be held. Of stored tensors, a
+    report can name those that nothing else is called like.
     """
-    if body.sparse_initializer or any("Sequence" in node.op_type for node in body.node):
-        return False
-    return all(defined[name] == 1 for name in stored_names(body))
+    if body.sparse_initializer:
+        return "it stores a sparse tensor; export with dense ones"
+    for node in body.node:
+        if "Sequence" in node.op_type:
+            return f"{node.op_type} stands in it; export without lists of tensors"
+    for name in sorted(stored_names(body)):
+        if defined[name] > 1:
+            return f"another graph of the model has a tensor called {name!r} too; give each a name of its own"
+    return ""
 
 
 def _open(model: onnx.ModelProto, index: int, defined: Counter[str]) -> OpenIf:

@@ -6,12 +6,11 @@ A condition is known where it is stored, or where it follows from sizes that sha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
+from onnxprune.bodies import all_names, lay_out, names_of, rename
 from onnxprune.inference import infer
 from onnxprune.tensors import array_of
 
@@ -40,8 +39,7 @@ def inline_branch(model: onnx.ModelProto) -> bool:
         condition = sizes.value(model.graph.node[index].input[0])
         if condition is not None and condition.size == 1:
             name = "then_branch" if bool(condition.ravel()[0]) else "else_branch"
-            body = next(a.g for a in model.graph.node[index].attribute if a.name == name)
-            _replace(model, index, body)
+            _replace(model, index, next(a for a in model.graph.node[index].attribute if a.name == name))
             return True
     return False
 
@@ -125,53 +123,26 @@ def _inferred(model: onnx.ModelProto) -> dict[str, list[int | None]]:
     }
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for body in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
-                yield from _graphs(body)
-
-
-def _replace(model: onnx.ModelProto, index: int, body: onnx.GraphProto) -> None:
-    node = model.graph.node[index]
-    branch = onnx.GraphProto()
-    branch.CopyFrom(body)
-    outputs = list(node.output)
+def _replace(model: onnx.ModelProto, index: int, attribute: onnx.AttributeProto) -> None:
+    """Put a branch in the place of its `If`; what its nodes make for the If gets the If's names."""
+    outputs = list(model.graph.node[index].output)
+    alone = onnx.AttributeProto()
+    alone.CopyFrom(attribute)
     del model.graph.node[index]
-    taken = {v.name for v in model.graph.input} | {v.name for v in model.graph.output} | set(outputs)
-    for graph in _graphs(model.graph):
-        taken.update(t.name for t in graph.initializer)
-        taken.update(name for n in graph.node for name in n.output)
-    made = {name for n in branch.node for name in n.output if name}
-    inner = made | {t.name for t in branch.initializer}
+    declared = len(model.graph.value_info)
+    defined = all_names(model) + names_of(alone.g)
+    defined.update(outputs)
+    body = lay_out(model, alone, defined, set())
+    made = {name for node in alone.g.node for name in node.output}
     new: dict[str, str] = {}
-    for value, output in zip(
-        branch.output, outputs, strict=False
-    ):  # what a node of the branch makes gets the If's name
-        if output and value.name in made and value.name not in new:
-            new[value.name] = output
-    for name in sorted(inner - set(new)):
-        fresh, count = name, 1
-        while fresh in taken:
-            fresh, count = f"{name}_{count}", count + 1
-        taken.add(fresh)
-        new[name] = fresh
-    for graph in _graphs(branch):
-        for n in graph.node:
-            for k, name in enumerate(n.input):
-                n.input[k] = new.get(name, name)
-            if graph is branch:
-                for k, name in enumerate(n.output):
-                    n.output[k] = new.get(name, name)
-        for value in graph.output:
-            value.name = new.get(value.name, value.name)
-    for tensor in branch.initializer:
-        tensor.name = new[tensor.name]
-    model.graph.initializer.extend(branch.initializer)
-    nodes = list(branch.node)
-    for value, output in zip(branch.output, outputs, strict=False):
-        if output and value.name != output:  # an outer tensor, a stored one, or one that is given twice
-            nodes.append(onnx.helper.make_node("Identity", [value.name], [output], name=f"{output}_branch"))
-    for k, n in enumerate(nodes):
-        model.graph.node.insert(index + k, n)
+    for name, output in zip(body.results, outputs, strict=False):
+        if output and name in made:
+            new.setdefault(name, output)
+    rename(alone.g, new)
+    nodes = list(alone.g.node)
+    for name, output in zip(body.results, outputs, strict=False):
+        if output and new.get(name) != output:  # an outer tensor, a stored one, or one that is given twice
+            nodes.append(helper.make_node("Identity", [new.get(name, name)], [output], name=f"{output}_branch"))
+    del model.graph.value_info[declared:]  # what the branch declared; shapes are inferred again
+    for k, node in enumerate(nodes):
+        model.graph.node.insert(index + k, node)

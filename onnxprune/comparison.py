@@ -266,7 +266,7 @@ def common_inputs(a: onnx.ModelProto, b: onnx.ModelProto) -> tuple[InputSpec, ..
                 f"first, found {second.dtype} {shape_text(second.shape)}; try two versions of the same model"
             )
         shape = tuple(x if x is not None else y for x, y in zip(first.shape, second.shape, strict=True))
-        merged.append(InputSpec(name, shape, first.dtype))
+        merged.append(InputSpec(name, shape, first.dtype, first.stacks))
     outputs = [{value.name: value.type.tensor_type.elem_type for value in model.graph.output} for model in (a, b)]
     if list(outputs[0]) != list(outputs[1]):
         raise InputError(_names_differ("outputs", list(outputs[0]), list(outputs[1])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
 
@@ -48,29 +49,44 @@ def cuttable(
     exclude: str | None,
     sampling: bool = False,
     approximate: bool = False,
-    loops: bool = True,
 ) -> Cuttable:
     """Normalise, find shapes and groups; sizes that cannot be repaired freeze their axes.
 
-    Bodies of loops are cut where a first cut of everything can be proven (``loops``); else they stay.
+    Bodies of branches and loops are cut where a first cut of everything can be proven; else they stay.
     """
-    loops = loops and not approximate
-    flat, biases, shapes, nominal = _seen(graph, runtime, calibration, reconstruct, loops)
-    whole, graph = graph, Graph(flat.model, graph.folder)
+    seen = _seen(graph, runtime, calibration, reconstruct, loops=not approximate)
+    while True:
+        form = seen.pop()
+        found, plan, cut = _analysed(form, graph.folder, only, exclude, sampling, approximate)
+        if not seen or _proven(found.analysis, plan, cut, runtime, form.flat):
+            return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """A form of the network that runs: the biases that were added, and its shapes where it is analysed and used."""
+
+    flat: Flat
+    biases: tuple[str, ...]
+    shapes: Shapes
+    nominal: Shapes
+
+
+def _analysed(
+    form: _Form, folder: Path, only: str | None, exclude: str | None, sampling: bool, approximate: bool
+) -> tuple[Cuttable, Plan, onnx.ModelProto]:
+    """The groups of a form, and a first cut of them all."""
+    graph = Graph(form.flat.model, folder)
+    shapes, nominal = form.shapes, form.nominal
     seeds: tuple[Seed, ...] = ()
     while True:
         analysis = analyse(graph, shapes, nominal, only, exclude, seeds, approximate=approximate)
         sampled = samplable(analysis) if sampling else frozenset()
         if sampled:
             analysis = analyse(graph, shapes, nominal, only, exclude, seeds, sampled, approximate)
-        half = {g.name: tuple(range(max(g.units // 2, 1))) for g in analysis.groups}
+        plan = Plan("", {g.name: tuple(range(max(g.units // 2, 1))) for g in analysis.groups})
         try:
-            plan = Plan("", half)
-            cut = rewrite(analysis, plan)
-            if flat.loops and not _proven(analysis, plan, cut, runtime, flat):
-                given = (calibration, reconstruct, only, exclude, sampling, approximate)
-                return cuttable(whole, runtime, *given, loops=False)
-            return Cuttable(analysis, flat, tuple(biases))
+            return Cuttable(analysis, form.flat, form.biases), plan, rewrite(analysis, plan)
         except CannotRepair as error:
             more = tuple(Seed(Kind.STATED, str(error), error.node, error.op, error.tensor, axis) for axis in error.axes)
             if not set(more) - set(seeds):
@@ -85,7 +101,7 @@ def _proven(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, runtime: Runti
         if max(p.shapes[tensor][axis] for p in probes) < 2:
             return False
     try:
-        prove(analysis, plan, cut, [p.feeds for p in probes], runtime, flat.closed)
+        prove(analysis, plan, cut, [p.feeds for p in probes], runtime, flat.turning)
     except Exception:  # sizes that another turn has otherwise; onnxruntime's errors share no base class
         return False
     return True
@@ -93,32 +109,33 @@ def _proven(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, runtime: Runti
 
 def _seen(
     graph: Graph, runtime: Runtime, calibration: Calibration | None, reconstruct: bool, loops: bool
-) -> tuple[Flat, list[str], Shapes, Shapes]:
-    """The normalised model with the biases that were added, and its shapes where it is analysed and where it is used.
+) -> list[_Form]:
+    """The forms of a model that can be used, the most open one last.
 
-    Branches are laid open only where the model then runs at as many sizes as it does by itself, and on all of the data.
+    Bodies are laid open only where the model then runs at as many sizes as it does by itself, and on all of the data.
     """
     batch, one = None, None
     if calibration is not None:
         batch = calibration.feeds(list(range(min(3, len(calibration)))) if calibration.batchable else [0])
         one = calibration.feeds([0])
-    found: list[tuple[Flat, list[str], Shapes, Shapes]] = []
-    *first, plain = forms(graph, runtime, loops=loops)
-    for flat in (plain, *first):
+    found: list[_Form] = []
+    for flat in reversed(forms(graph, runtime)):
+        if flat.loops and not loops:
+            continue
         biases = add_biases(flat.model) if reconstruct else []
         shown = Graph(flat.model, graph.folder)
         try:
             shapes = probe(shown, runtime, batch)
             nominal = nominal_shapes(shown, runtime, one)
-            if calibration is not None and (flat.opened or flat.loops):
+            if calibration is not None and flat.is_open:
                 session = runtime.session(flat.model, optimise=False)
                 step = _AT_ONCE if calibration.batchable else 1
                 for start in range(0, len(calibration), step):
                     session.run(None, calibration.feeds(list(range(start, min(start + step, len(calibration))))))
         except Exception:  # onnxruntime's errors share no base class
-            if flat is plain:
+            if not flat.is_open:
                 raise
             continue
-        if not found or len(shapes.probes) >= len(found[0][2].probes):
-            found.append((flat, biases, shapes, nominal))
-    return found[-1]
+        if not found or len(shapes.probes) >= len(found[0].shapes.probes):
+            found.append(_Form(flat, tuple(biases), shapes, nominal))
+    return found

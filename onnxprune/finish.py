@@ -214,10 +214,10 @@ def _cut_and_prove(prepared: Prepared, counts: np.ndarray) -> tuple[Plan, onnx.M
         spare = [name for name in network.biases if name not in arrays]
         sliced = rewrite(analysis, plan, copies=network.flat.copies)
         tried = [p.feeds for p in analysis.shapes.probes]
-        close = network.flat.closed if network.flat.loops else None
-        proof = prove(analysis, plan, sliced, tried, prepared.runtime, close)
-        if network.flat.opened:
-            prove_alike(analysis.graph.model, sliced, network.flat.closed(sliced), tried, prepared.runtime)
+        proof = prove(analysis, plan, sliced, tried, prepared.runtime, network.flat.turning)
+        if network.flat.branches:
+            nested = network.flat.closed(sliced)
+            prove_alike(network.flat.turning(sliced), nested, tried, prepared.runtime)
         pruned = rewrite(analysis, plan, arrays, network.flat.copies)
         drop_biases(pruned, spare)
         pruned = network.flat.closed(pruned)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
 
 from onnxprune.bodies import OpenIf, close_if, open_next
 from onnxprune.branches import inline_branch
+from onnxprune.errors import InputError
 from onnxprune.graph import Graph
 from onnxprune.loops import OpenLoop, close_loop, open_loops
 from onnxprune.normalise import normalise, unshare
 from onnxprune.runtime import Runtime
-from onnxprune.tensors import bodies
+from onnxprune.tensors import bodies, graphs
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,47 +24,76 @@ class Flat:
     Attributes:
         model: computes what the nested one does, as far as both branches run on the same data.
         copies: constants that were copied for their users, and of what.
-        opened: in the order in which they were opened.
-        loops: the same of loops, of which the first turn is laid open beside them. Cut, it runs only when closed.
+        branches: how each `If` is put back, in the order in which they were opened.
+        loops: the same of loops, opened after them. Of those the first turn is laid open beside them.
     """
 
     model: onnx.ModelProto
     copies: Mapping[str, str]
-    opened: tuple[OpenIf, ...] = ()
+    branches: tuple[OpenIf, ...] = ()
     loops: tuple[OpenLoop, ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is anything to close."""
+        return bool(self.branches or self.loops)
+
+    def turning(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """A model that was made from the open one, its loops put back, without which it does not run once it is cut."""
+        return _closed(model, (), self.loops) if self.loops else model
 
     def closed(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """A model that was made from the open one, its bodies put back; the model itself where there are none."""
-        if not self.opened and not self.loops:
-            return model
-        nested = onnx.ModelProto()
-        nested.CopyFrom(model)
-        for each in reversed(self.opened):
-            close_if(nested, each)
-        for loop in reversed(self.loops):
-            close_loop(nested, loop)
-        return nested
+        return _closed(model, self.branches, self.loops) if self.is_open else model
 
     @property
     def names(self) -> dict[str, str]:
         """Tensors of the bodies: as the open model calls them, and as the bodies do."""
-        parts: list[OpenIf | OpenLoop] = [*self.opened, *self.loops]
+        parts: list[OpenIf | OpenLoop] = [*self.branches, *self.loops]
         return {name: own for each in parts for body in each.bodies for name, own in body.names.items()}
 
 
-def forms(graph: Graph, runtime: Runtime, *, loops: bool = True) -> list[Flat]:
-    """A model, normalised: with its bodies laid open where it has some, and as it is.
+def _closed(model: onnx.ModelProto, branches: Sequence[OpenIf], loops: Sequence[OpenLoop]) -> onnx.ModelProto:
+    """What was opened last is closed first."""
+    nested = onnx.ModelProto()
+    nested.CopyFrom(model)
+    for loop in reversed(loops):
+        close_loop(nested, loop)
+    for each in reversed(branches):
+        close_if(nested, each)
+    return nested
 
-    The last one serves where branches do not run on data that are not meant for them. Loops are laid open in models
-    that have no open branches.
+
+def forms(graph: Graph, runtime: Runtime) -> list[Flat]:
+    """A model, normalised: with all of its bodies laid open, with its branches alone, and last as it is.
+
+    The later ones serve where the first ones do not run: branches on data that are not meant for them, say. A form in
+    which nothing more is open than in the next one is left out.
+
+    Raises:
+        InputError: onnxruntime would compute something else than what the model says.
     """
     model, copies = normalise(graph, runtime)
-    if not any(True for node in model.graph.node for _ in bodies(node)):
-        return [Flat(model, copies)]
-    flat = flatten(model, copies)
-    if loops and not flat.opened:
-        flat = _with_loops(model, copies)
-    return [flat, Flat(model, copies)] if flat.opened or flat.loops else [flat]
+    found = [Flat(model, copies)]
+    if any(True for node in model.graph.node for _ in bodies(node)):
+        _refuse_repeated(model)
+        branches = flatten(model, copies)
+        found = [form for form in (_with_loops(branches), branches) if form.is_open] + found
+    return [form for form, after in zip(found, [*found[1:], None], strict=True) if form is not after]
+
+
+def _refuse_repeated(model: onnx.ModelProto) -> None:
+    """A branch that gives one tensor twice: onnxruntime leaves the second result as the memory happens to be."""
+    for graph in graphs(model):
+        for node in graph.node:
+            for body in bodies(node) if node.op_type == "If" else ():
+                names = [value.name for value in body.output]
+                twice = next((name for name in names if names.count(name) > 1), None)
+                if twice is not None:
+                    raise InputError(
+                        f"a branch of If {node.name or node.output[0]!r} gives {twice!r} twice, which onnxruntime"
+                        " computes wrongly; put an Identity behind one of them"
+                    )
 
 
 def flatten(model: onnx.ModelProto, copies: Mapping[str, str]) -> Flat:
@@ -80,14 +110,15 @@ def flatten(model: onnx.ModelProto, copies: Mapping[str, str]) -> Flat:
         opened.append(found)
         while inline_branch(flat):
             pass
-    return Flat(flat, _unshared(flat, copies), opened=tuple(opened)) if opened else Flat(model, copies)
+    return Flat(flat, _unshared(flat, copies), tuple(opened)) if opened else Flat(model, copies)
 
 
-def _with_loops(model: onnx.ModelProto, copies: Mapping[str, str]) -> Flat:
+def _with_loops(form: Flat) -> Flat:
+    """The same with the loops opened as well; itself where there are none to open."""
     flat = onnx.ModelProto()
-    flat.CopyFrom(model)
+    flat.CopyFrom(form.model)
     loops = tuple(open_loops(flat))
-    return Flat(flat, _unshared(flat, copies), loops=loops) if loops else Flat(model, copies)
+    return Flat(flat, _unshared(flat, form.copies), form.branches, loops) if loops else form
 
 
 def _unshared(flat: onnx.ModelProto, copies: Mapping[str, str]) -> dict[str, str]:

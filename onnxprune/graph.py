@@ -25,6 +25,7 @@ from onnxprune.tensors import array_of, attach
 G_LOGGER.severity = G_LOGGER.ERROR  # it warns of types that NumPy lacks, which are kept as they are
 
 _NOTES = "onnxprune."
+_NAMELESS = frozenset({"none", "null", "unk", "unknown", "dynamic"})  # names of sizes that need not be alike
 FLOATS = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
 )
@@ -92,14 +93,16 @@ class Graph:
     def inputs(self) -> tuple[InputSpec, ...]:
         """The inputs that a caller has to feed (initializers listed as inputs are not among them)."""
         specs = []
-        for value in self.model.graph.input:
-            if value.name in self.initializers:
-                continue
+        fed = [value for value in self.model.graph.input if value.name not in self.initializers]
+        inner = {symbol(dim) for value in fed for dim in value.type.tensor_type.shape.dim[1:]} - {""}
+        for value in fed:
             if not value.type.HasField("tensor_type"):
                 raise InputError(f"input {value.name!r} of the model is not a tensor; only tensor inputs are supported")
             tensor = value.type.tensor_type
             dims = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in tensor.shape.dim)
-            specs.append(InputSpec(value.name, dims, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))))
+            dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+            stacks = not tensor.shape.dim or symbol(tensor.shape.dim[0]) not in inner
+            specs.append(InputSpec(value.name, dims, dtype, stacks))
         return tuple(specs)
 
     @cached_property
@@ -171,6 +174,12 @@ class Graph:
         if name not in self._constants:
             self._constants[name] = array_of(self.stored(name))
         return self._constants[name]
+
+
+def symbol(dim: onnx.TensorShapeProto.Dimension) -> str:
+    """The name of a dynamic size; nothing where it has none, or one that exporters give to whatever is dynamic."""
+    name = "" if dim.HasField("dim_value") and dim.dim_value > 0 else dim.dim_param
+    return name if any(map(str.isalpha, name)) and name.lower() not in _NAMELESS else ""
 
 
 def captured(proto: onnx.NodeProto) -> set[str]:

@@ -37,11 +37,16 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One graph input of the model: its name, shape (None is a dynamic dimension) and NumPy type."""
+    """One graph input of the model: its name, shape (None is a dynamic dimension) and NumPy type.
+
+    ``stacks`` is false where the first axis is as long as another axis of an input has to be (the nodes of a graph, and
+    its adjacency), so that several samples cannot be fed as one.
+    """
 
     name: str
     shape: tuple[int | None, ...]
     dtype: np.dtype[Any]
+    stacks: bool = True
 
     @property
     def is_float(self) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from onnxprune.bodies import Body, all_names, can_lay_out, lay_out, owners, put_together, rename, stored_names, take_out
+from onnxprune.bodies import Body, all_names, lay_out, obstacle, owners, put_together, rename, stored_names, take_out
 from onnxprune.graph import drop_notes, note
 from onnxprune.macs import layers_within
 from onnxprune.tensors import bodies
@@ -38,43 +38,80 @@ class OpenLoop:
     entry: frozenset[str]
 
 
+@dataclass(frozen=True, eq=False)
+class FirstTurn:
+    """The first turn of a loop, as nodes of the graph around it.
+
+    Attributes:
+        body: that of the loop, laid out.
+        nodes: what makes the turn's inputs, and those of the body.
+        inputs: of the turn, as the graph calls them.
+        given: tensors of the body that are handed on as they came, and what stands for them.
+        own: names that only the first turn has.
+    """
+
+    body: Body
+    nodes: tuple[onnx.NodeProto, ...]
+    inputs: tuple[str, ...]
+    given: dict[str, str]
+    own: frozenset[str]
+
+
 def open_loops(model: onnx.ModelProto) -> Iterator[OpenLoop]:
     """Lay open the first turn of every loop of the main graph that can be, in place."""
-    if model.ir_version < 4:  # a stored tensor of a body would become an input of the model
-        return
-    versions = {entry.domain: entry.version for entry in model.opset_import}
-    if versions.get("", versions.get("ai.onnx", 0)) < 9:  # a Scan had a batch
-        return
-    defined, numbers = all_names(model), {t.name for t in model.graph.initializer if not t.dims}
-    stored = stored_names(model.graph) - numbers
+    defined = all_names(model)
     for place in reversed(range(len(model.graph.node))):
         node = model.graph.node[place]
-        if node.op_type in ("Loop", "Scan") and node.domain in ("", "ai.onnx") and _can_open(node, defined, stored):
+        if is_loop(node) and layers_within(node) and not why_closed(model, place, defined):
             yield _open(model, place, defined)
 
 
-def _can_open(node: onnx.NodeProto, defined: Counter[str], stored: set[str]) -> bool:
-    """Whether there is something to cut, and a report that names stored tensors can tell what was.
+def is_loop(node: onnx.NodeProto) -> bool:
+    """Whether a node has a body that it turns."""
+    return node.op_type in ("Loop", "Scan") and node.domain in ("", "ai.onnx")
 
-    A weight that is handed from turn to turn as a state is not one that the body reads by its name.
+
+def why_closed(model: onnx.ModelProto, place: int, defined: Counter[str] | None = None) -> str:
+    """What keeps a loop of the main graph from being laid open, so that its layers stay; nothing where it can be.
+
+    A report that names stored tensors has to tell what was cut. A weight that is handed from turn to turn as a state is
+    not one that the body reads by its name.
     """
+    node = model.graph.node[place]
     (body,) = bodies(node)
-    flat = not any(True for inner in body.node for _ in bodies(inner))
-    handed = any(
-        given in stored and (state := _state(node, k)) is not None and body.output[state].name == value.name
-        for k, (given, value) in enumerate(zip(node.input, body.input, strict=False))
-    )
-    return bool(layers_within(node)) and flat and not handed and can_lay_out(body, defined) and all(node.output)
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    if model.ir_version < 4:
+        return "in IR versions before 4 its stored tensors would become inputs of the model; convert it to IR version 4"
+    if versions.get("", versions.get("ai.onnx", 0)) < 9:
+        return "before opset 9 a Scan had a batch; convert it to opset 9"
+    for inner in body.node:
+        if any(True for _ in bodies(inner)):
+            return f"{inner.op_type} stands within it; export without control flow in loops"
+    stored = stored_names(model.graph) - {t.name for t in model.graph.initializer if not t.dims}
+    for k, (given, value) in enumerate(zip(node.input, body.input, strict=False)):
+        if given in stored and (state := _state(node, k)) is not None and body.output[state].name == value.name:
+            return (
+                f"weight {given!r} comes in as a state that no turn changes; export with the body reading it from"
+                " outside, or with the loop unrolled"
+            )
+    if not all(node.output):
+        return "it has an output without a name; name it"
+    return obstacle(body, all_names(model) if defined is None else defined)
 
 
-def _open(model: onnx.ModelProto, place: int, defined: Counter[str]) -> OpenLoop:
-    loop = model.graph.node[place]
-    node = onnx.NodeProto()
-    node.CopyFrom(loop)
-    outer = frozenset(name for n in model.graph.node for name in n.output)
+def first_turn(model: onnx.ModelProto, node: onnx.NodeProto, defined: Counter[str], labelled: set[str]) -> FirstTurn:
+    """Lay out the body of a loop as its first turn: stored tensors go to the model, nodes are left to the caller.
+
+    Args:
+        model: gets stored tensors and value infos.
+        node: the loop, or a copy of it; its body is taken apart.
+        defined: how many graphs give a tensor some name, as of `all_names`.
+        labelled: names of nodes that are taken.
+    """
     attribute = next(a for a in node.attribute if a.HasField("g"))
-    body = lay_out(model, attribute, defined, {n.name for n in model.graph.node})
-    ins, turn, entry, given = [value.name for value in body.graph.input], attribute.g, _Entry(node), {}
+    body = lay_out(model, attribute, defined, labelled)
+    turn, entry, given = attribute.g, _Entry(node), {}
+    ins = [value.name for value in body.graph.input]
     for k, name in enumerate(ins):
         state = _state(node, k)
         if state is not None and body.results[state] == name:  # handed on from turn to turn, as it came
@@ -82,21 +119,33 @@ def _open(model: onnx.ModelProto, place: int, defined: Counter[str]) -> OpenLoop
         else:
             entry.give(k, name, turn.input[k].type)
     rename(turn, given)
-    for each in turn.node:
-        note(each, "often", entry.often)
     model.graph.initializer.extend(entry.stored)
-    _run_again(loop, body, {t.name for t in turn.initializer})
+    inputs = tuple(given.get(name, name) for name in ins)
+    return FirstTurn(body, (*entry.nodes, *turn.node), inputs, given, frozenset(entry.names))
+
+
+def _open(model: onnx.ModelProto, place: int, defined: Counter[str]) -> OpenLoop:
+    loop = model.graph.node[place]
+    node = onnx.NodeProto()
+    node.CopyFrom(loop)
+    outer = frozenset(name for n in model.graph.node for name in n.output)
+    found = first_turn(model, node, defined, {n.name for n in model.graph.node})
+    attribute = next(a for a in node.attribute if a.HasField("g"))
+    often = scanned_axis(node) if node.op_type == "Scan" else (f"{node.output[0]}/turns", 0)
+    for each in attribute.g.node:
+        note(each, "often", often)
+    _run_again(loop, found.body, {t.name for t in attribute.g.initializer})
     if node.op_type == "Loop":
-        _count_turns(loop, entry.often[0])
-    note(loop, "turn", [[given.get(name, name) for name in ins], [value.name for value in turn.output]])
-    for k, each in enumerate([*entry.nodes, *turn.node]):
+        count_turns(loop, often[0])
+    note(loop, "turn", [found.inputs, [value.name for value in attribute.g.output]])
+    for k, each in enumerate(found.nodes):
         model.graph.node.insert(place + k, each)
-    declared = [value for value in model.graph.value_info if value.name not in given]
+    declared = [value for value in model.graph.value_info if value.name not in found.given]
     del model.graph.value_info[:]
     model.graph.value_info.extend(declared)
     attribute.ClearField("g")
-    aliases = {outside: body.names[name] for name, outside in reversed(given.items())}
-    return OpenLoop(node, outer, (replace(body, aliases=aliases),), frozenset(entry.names))
+    aliases = {outside: found.body.names[name] for name, outside in reversed(found.given.items())}
+    return OpenLoop(node, outer, (replace(found.body, aliases=aliases),), found.own)
 
 
 def _state(node: onnx.NodeProto, k: int) -> int | None:
@@ -110,6 +159,15 @@ def _scanned(node: onnx.NodeProto) -> int:
     return next(int(a.i) for a in node.attribute if a.name == "num_scan_inputs")
 
 
+def _scan_axes(node: onnx.NodeProto) -> list[int]:
+    return next((list(a.ints) for a in node.attribute if a.name == "scan_input_axes"), [0] * _scanned(node))
+
+
+def scanned_axis(node: onnx.NodeProto) -> tuple[str, int]:
+    """A tensor and its axis that are as long as a Scan turns."""
+    return node.input[-_scanned(node)], int(_scan_axes(node)[0])
+
+
 class _Entry:
     """What stands in front of the first turn: nodes that are not taken for constants, whatever they hand on."""
 
@@ -118,12 +176,6 @@ class _Entry:
         self.nodes: list[onnx.NodeProto] = []
         self.stored: list[onnx.TensorProto] = []
         self.names: set[str] = set()
-        self.often: tuple[str, int] = (f"{node.output[0]}/turns", 0)
-        self.axes: list[int] = []
-        if node.op_type == "Scan":
-            count = _scanned(node)
-            self.axes = next((list(a.ints) for a in node.attribute if a.name == "scan_input_axes"), [0] * count)
-            self.often = (node.input[-count], int(self.axes[0]))
         self.taken = self._store("taken", np.array(True))
         self.zero = self._store("zero", np.array(0))
 
@@ -133,7 +185,7 @@ class _Entry:
         if self.node.op_type == "Loop" and k < 2:
             source = self.zero if k == 0 else source or self.taken
         elif self.node.op_type == "Scan" and _state(self.node, k) is None:
-            axis = self.axes[k - (len(self.node.input) - len(self.axes))]
+            axis = _scan_axes(self.node)[k - len(self.node.input)]
             slices = self._named(f"{name}/first")
             self.nodes.append(helper.make_node("Gather", [source, self.zero], [slices], axis=axis))
             source = slices
@@ -163,8 +215,8 @@ def _run_again(loop: onnx.NodeProto, body: Body, stored: set[str]) -> None:
     rename(own, {name: open_ if open_ in stored else f"{open_}/again" for open_, name in body.names.items()})
 
 
-def _count_turns(loop: onnx.NodeProto, name: str) -> None:
-    """One more output, as long as there are turns."""
+def count_turns(loop: onnx.NodeProto, name: str) -> None:
+    """One more output of a Loop, as long as there are turns, in place."""
     (own,) = bodies(loop)
     own.node.append(helper.make_node("Identity", [own.input[0].name], [f"{name}/again"]))
     own.output.append(helper.make_tensor_value_info(f"{name}/again", onnx.TensorProto.INT64, []))

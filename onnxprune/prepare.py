@@ -41,6 +41,7 @@ _SAMPLING = {"macs", "params"}  # costs to which a sampler adds nothing
 _HELD_OUT_SHARE = 0.1
 _FEWEST_TO_SPLIT = 10
 _MOST_HELD_OUT = 500
+_AT_ONCE = 3  # records, where only whether they run is asked
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +220,7 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
         counted_costs(analysis, costly, network.flat.copies),
         widths(analysis, settings.multiple),
         chooser,
-        tuple(_warnings(analysis, len(network.flat.opened), calibration, settings, kept)),
+        tuple(_warnings(analysis, len(network.flat.branches), calibration, settings, kept)),
         progress,
     )
 
@@ -275,9 +276,26 @@ def _load(graph: Graph, path: Path | None, settings: Settings, runtime: Runtime,
         preprocessing=settings.preprocessing or Preprocessing(),
     )
     if calibration.is_random:  # at sizes that the model is known to run at
-        sizes = _of_one_sample(graph, [p.feeds for p in probe(graph, runtime, seed=settings.seed).probes])
-        return load_calibration(None, graph.inputs, samples=settings.samples, seed=settings.seed, dynamic=sizes)
+        feeds = [p.feeds for p in probe(graph, runtime, seed=settings.seed).probes]
+        for sizes in (_of_one_sample(graph, feeds), {name: array.shape for name, array in feeds[0].items()}):
+            calibration = load_calibration(
+                None, graph.inputs, samples=settings.samples, seed=settings.seed, dynamic=sizes
+            )
+            if _takes(graph, calibration, 1, runtime):
+                break
+    if calibration.batchable and not _takes(graph, calibration, _AT_ONCE, runtime):
+        return dataclasses.replace(calibration, batchable=False)
     return calibration
+
+
+def _takes(graph: Graph, calibration: Calibration, count: int, runtime: Runtime) -> bool:
+    """Whether the model runs on some records at once; one that states its batch in a Reshape need not."""
+    session = runtime.session(graph.model, optimise=False)
+    try:
+        session.run(None, calibration.feeds(list(range(min(count, len(calibration))))))
+    except Exception:  # onnxruntime's errors share no base class
+        return False
+    return True
 
 
 def _split(calibration: Calibration) -> tuple[Calibration, Calibration]:
@@ -290,8 +308,10 @@ def _of_one_sample(graph: Graph, feeds: Sequence[Feeds]) -> dict[str, tuple[int,
     """Sizes of the inputs for one sample, from sizes at which the model is known to run.
 
     The batch is the first axis where that is dynamic, and every other dynamic axis that is always as long (the second
-    one of a recurrent state).
+    one of a recurrent state). Where samples do not stack (the nodes of a graph, and its adjacency), there is none.
     """
+    if not all(spec.stacks for spec in graph.inputs):
+        return {spec.name: tuple(feeds[0][spec.name].shape) for spec in graph.inputs}
     batches = {tuple(f[spec.name].shape[0] for f in feeds) for spec in graph.inputs if spec.shape[:1] == (None,)}
     several = len(feeds) > 1  # at one size alone, alike may be by chance
 

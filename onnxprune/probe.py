@@ -16,7 +16,7 @@ import onnx
 import onnxruntime as ort
 
 from onnxprune.errors import InputError
-from onnxprune.graph import Graph
+from onnxprune.graph import Graph, symbol
 from onnxprune.inference import infer
 from onnxprune.runtime import Runtime, expose, in_slices
 
@@ -38,7 +38,7 @@ _PAIRS: tuple[tuple[Sizes, Sizes], ...] = (
     ((1, 224, 224, 16), (1, 256, 256, 32)),
 )
 # single sizes for models that run at few: one is searched for, then a second one around it
-_BATCHES = (3, 2, 1)
+_BATCHES = (3, 2, 1, 8)  # 8: a multiple of the frames of a clip
 _SPATIAL = (
     (32, 32),
     (64, 64),
@@ -126,7 +126,11 @@ def probe(graph: Graph, runtime: Runtime, data: Feeds | None = None, seed: int =
         try:
             probes.append(prober.run(data))
         except Exception as failure:
-            raise InputError(f"onnxruntime cannot run the model on the calibration data: {failure}") from failure
+            sizes = ", ".join(f"{name} as {list(array.shape)}" for name, array in data.items())
+            raise InputError(
+                f"onnxruntime cannot run the model on the calibration data, fed with {sizes} ({_first_line(failure)});"
+                " if it takes other sizes only, give records of such: one more axis in front, over the records"
+            ) from failure
         if not dynamic and not counting:
             return _shapes(graph, probes)
     try:
@@ -135,12 +139,15 @@ def probe(graph: Graph, runtime: Runtime, data: Feeds | None = None, seed: int =
     except Exception as failure:  # onnxruntime's errors share no public base class
         if probes:
             return _shapes(graph, probes)
-        reason = str(failure).splitlines()[0][:200]
         raise InputError(
-            f"onnxruntime cannot run the model on random inputs of any size tried ({reason}); give real inputs with"
-            " --data"
+            f"onnxruntime cannot run the model on random inputs of any size tried ({_first_line(failure)}); give real"
+            " inputs with --data"
         ) from failure
     return _shapes(graph, [probes[0], _other(probes[0], found)] if probes else found)
+
+
+def _first_line(failure: Exception) -> str:
+    return next(iter(str(failure).splitlines()), type(failure).__name__)[:200]
 
 
 def _shapes(graph: Graph, probes: Sequence[Probe]) -> Shapes:
@@ -271,7 +278,7 @@ def random_feeds(graph: Graph, sizes: Sizes, seed: int = 0, *, inner_batch: bool
         fixed = _read_by_weights(graph, spec.name)
         for axis, dim in enumerate(spec.shape):
             if dim is None:
-                param = protos[spec.name].type.tensor_type.shape.dim[axis].dim_param
+                param = symbol(protos[spec.name].type.tensor_type.shape.dim[axis])
                 batch = axis == 0 or (inner_batch and axis == 1 and spec.shape[0] is not None)
                 guess = sizes[0] if batch else sizes[_spatial(spec.shape, axis)]
                 guess = fixed.get(axis - len(spec.shape), guess)

@@ -83,7 +83,7 @@ class Request:
     @property
     def dynamic_batch(self) -> bool:
         """Whether every input takes batches of any size."""
-        return all(spec.shape and spec.shape[0] is None for spec in self.inputs)
+        return all(spec.shape and spec.shape[0] is None and spec.stacks for spec in self.inputs)
 
     def only_input(self, where: str, what: str) -> InputSpec:
         """The model's only input.

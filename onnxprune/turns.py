@@ -7,17 +7,15 @@ change from turn to turn is counted at those of the first.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 
-from onnxprune.bodies import rename
+from onnxprune.bodies import all_names
 from onnxprune.flat import flatten
 from onnxprune.graph import Graph, Node
+from onnxprune.loops import count_turns, first_turn, scanned_axis
 from onnxprune.macs import layers_within, mac_terms
 from onnxprune.probe import Feeds, Shapes, run_probe
 from onnxprune.runtime import Runtime, expose
-from onnxprune.tensors import bodies
 
 
 def turning(graph: Graph) -> list[Node]:
@@ -45,17 +43,12 @@ def macs_of_turns(graph: Graph, shapes: Shapes, runtime: Runtime) -> dict[int, f
 
 def _turns(graph: Graph, node: Node, feeds: Feeds, shapes: Shapes, runtime: Runtime) -> int:
     """How often the body runs."""
-    if node.op == "Scan":
-        count = int(node.attributes["num_scan_inputs"])
-        axes = node.attributes.get("scan_input_axes", [0] * count)
-        return shapes.size(node.inputs[-count], axes[0])
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     proto = model.graph.node[node.index]
-    (body,) = bodies(proto)
-    body.node.append(helper.make_node("Identity", [body.input[0].name], [f"{node.outputs[0]}/turn"]))
-    body.output.append(helper.make_tensor_value_info(f"{node.outputs[0]}/turn", onnx.TensorProto.INT64, []))
-    proto.output.append(f"{node.outputs[0]}/turns")
+    if node.op == "Scan":
+        return shapes.size(*scanned_axis(proto))
+    count_turns(proto, f"{node.outputs[0]}/turns")
     session = runtime.session(expose(model, [proto.output[-1]]), optimise=False)
     return len(session.run(None, dict(feeds))[0])
 
@@ -64,45 +57,16 @@ def _one_turn(graph: Graph, node: Node, feeds: Feeds, runtime: Runtime) -> float
     """Multiply-accumulates of the body's nodes in the first turn, and of the bodies in it."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
-    (body,) = bodies(model.graph.node[node.index])
     before = {name for other in graph.nodes for name in other.outputs}
-    rename(body, {name: f"{node.outputs[0]}/{name}" for name in _own(body)})
-    entry = [each for k, value in enumerate(body.input) for each in _entry(graph, node, k, value.name)]
-    inner = [*entry, *body.node]
-    stored = [*model.graph.initializer, *body.initializer]
+    turn = first_turn(model, model.graph.node[node.index], all_names(model), set())
     kept = list(model.graph.node[: node.index])
-    del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:], model.graph.output[:]
-    model.graph.node.extend([*kept, *inner])
-    model.graph.initializer.extend(stored)
-    turn = Graph(flatten(model, {}).model, graph.folder)
-    shapes = Shapes((run_probe(turn, feeds, runtime),))
-    own = [other for other in turn.nodes if not before & set(other.outputs)]
+    del model.graph.node[:], model.graph.value_info[:], model.graph.output[:]
+    model.graph.node.extend([*kept, *turn.nodes])
+    laid = Graph(flatten(model, {}).model, graph.folder)
+    shapes = Shapes((run_probe(laid, feeds, runtime),))
+    own = [other for other in laid.nodes if not before & set(other.outputs)]
     return sum(term.at(shapes) for other in own for term in mac_terms(other, shapes)) + sum(
         macs
-        for index, macs in macs_of_turns(turn, shapes, runtime).items()
-        if not before & set(turn.nodes[index].outputs)
+        for index, macs in macs_of_turns(laid, shapes, runtime).items()
+        if not before & set(laid.nodes[index].outputs)
     )
-
-
-def _own(body: onnx.GraphProto) -> set[str]:
-    names = {value.name for value in body.input} | {t.name for t in body.initializer}
-    return names | {name for node in body.node for name in node.output if name}
-
-
-def _entry(graph: Graph, node: Node, k: int, name: str) -> list[onnx.NodeProto]:
-    """Nodes that make what the first turn gets as input ``k`` of the body."""
-    given = node.inputs[k] if k < len(node.inputs) else ""
-    if node.op == "Scan":
-        count = int(node.attributes["num_scan_inputs"])
-        which = k - (len(node.inputs) - count)
-        if which < 0:
-            return [helper.make_node("Identity", [given], [name])]
-        axis = node.attributes.get("scan_input_axes", [0] * count)[which]
-        return [_constant(f"{name}/first", 0), helper.make_node("Gather", [given, f"{name}/first"], [name], axis=axis)]
-    if k and given:
-        return [helper.make_node("Identity", [given], [name])]
-    return [_constant(name, True if k else 0)]
-
-
-def _constant(name: str, value: int | bool) -> onnx.NodeProto:
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(value)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,8 @@ def prove(
 ) -> Proof:
     """Compare the cut model (with sliced, not reconstructed weights) with the silenced original, inside and out.
 
+    Whatever the data say, every `If` takes either branch as well, wherever the original then runs.
+
     Args:
         analysis: of the original.
         plan: what was removed.
@@ -84,18 +86,16 @@ def prove(
     repaired = {name for node in approximate for name in node.inputs if graph.is_stored(name)}
     compared_names = [name for name in shared if name not in replaced and name not in repaired]
 
-    def run(model: onnx.ModelProto, some: Sequence[str], feed: Feeds) -> list[Any]:
-        return list(runtime.session(expose(model, some), optimise=False).run(some, feed)) if some else []
-
     if runtime.as_float32:
         how += "; in float32 copies of both models"
     skip = _after_a_ranking(graph)
     worst, where, compared = 0.0, "", 0
-    for feed in feeds:
-        given = _widened(analysis, plan, dict(zip(replaced, run(cut, replaced, feed), strict=True)))
+    lost = "with the other branch taken, the original runs and the cut model does not"
+    for silent, new, feed in _either_way(whole, cut, feeds, runtime, lost):
+        given = _widened(analysis, plan, dict(zip(replaced, _run(new, replaced, feed, runtime), strict=True)))
         if given is None:
             continue
-        both = functools.partial(_side_by_side, run, (whole, {**feed, **given}), (cut, feed))
+        both = functools.partial(_side_by_side, runtime, (silent, {**feed, **given}), (new, feed))
         for name, (a, b) in in_slices(compared_names, both):
             if name in skip or not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
                 continue
@@ -115,12 +115,8 @@ def prove(
     return Proof(worst, where, compared, f"{len(feeds)} batches, every inner tensor that kept its shape{how}")
 
 
-def prove_alike(
-    original: onnx.ModelProto, flat: onnx.ModelProto, nested: onnx.ModelProto, feeds: list[Feeds], runtime: Runtime
-) -> None:
+def prove_alike(flat: onnx.ModelProto, nested: onnx.ModelProto, feeds: list[Feeds], runtime: Runtime) -> None:
     """Compare the cut model with itself after its branches were put back: they compute the same, whichever are taken.
-
-    And whichever the original runs with, the cut model runs with.
 
     Raises:
         InternalError: they do not.
@@ -128,55 +124,80 @@ def prove_alike(
     runtime = _suited([flat, nested], replace(runtime, provider="cpu"))
     have = {name for node in nested.graph.node for name in node.output}
     names = [name for node in flat.graph.node for name in node.output if name in have - {""}]
-    outputs = [value.name for value in original.graph.output]
-    for taken in (None, True, False):
-        for feed in feeds:
-            first, second = (_run_forced(model, taken, names, feed, runtime) for model in (flat, nested))
-            if (first is None) != (second is None):
-                raise InternalError("the proof failed: the model does not run any more when its branches are put back")
-            if first is None and _run_forced(original, taken, outputs, feed, runtime) is not None:
+    lost = "the model does not run any more when its branches are put back"
+    for open_, closed, feed in _either_way(flat, nested, feeds, runtime, lost):
+        first, second = (_run(model, names, feed, runtime) for model in (open_, closed))
+        for name, a, b in zip(names, first, second, strict=True):
+            if isinstance(a, np.ndarray) and a.dtype.kind == "f":
+                alike = a.shape == b.shape and difference(a, b) < _ALIKE
+            else:
+                alike = not isinstance(a, np.ndarray) or np.array_equal(a, b)
+            if not alike:
                 raise InternalError(
-                    "the proof failed: with the other branch taken, the original runs and the cut model does not;"
-                    " nothing was written. Please report the model"
+                    f"the proof failed: {name!r} changes when branches are put back; nothing was written. Please"
+                    " report the model"
                 )
-            for name, a, b in zip(names, first or [], second or [], strict=False):
-                if isinstance(a, np.ndarray) and a.dtype.kind == "f":
-                    alike = a.shape == b.shape and difference(a, b) < _ALIKE
-                else:
-                    alike = not isinstance(a, np.ndarray) or np.array_equal(a, b)
-                if not alike:
-                    raise InternalError(
-                        f"the proof failed: {name!r} changes when branches are put back; nothing was written. Please"
-                        " report the model"
-                    )
 
 
-def _run_forced(
-    model: onnx.ModelProto, taken: bool | None, names: Sequence[str], feed: Feeds, runtime: Runtime
-) -> list[Any] | None:
-    """What a model gives where every `If` takes the same branch; None where that is not meant to run."""
-    model = expose(model, names)
-    if taken is None:
-        return list(runtime.session(model, optimise=False).run(names, dict(feed)))
-    model.graph.initializer.append(numpy_helper.from_array(np.array(taken), _FORCED))
-    for graph in graphs(model):
-        for node in graph.node:
-            if node.op_type == "If" and node.domain in ("", "ai.onnx"):
-                node.input[0] = _FORCED
+def _either_way(
+    first: onnx.ModelProto, second: onnx.ModelProto, feeds: Sequence[Feeds], runtime: Runtime, lost: str
+) -> Iterator[tuple[onnx.ModelProto, onnx.ModelProto, Feeds]]:
+    """Two models and inputs: as they are, and with every `If` taking the same branch, wherever the first one then runs.
+
+    (It does not where its inputs are not all among the feeds, as those of approximate nodes.)
+
+    Raises:
+        InternalError: the second one does not run then (``lost``).
+    """
+    yield from ((first, second, feed) for feed in feeds)
+    ifs = any(_is_if(node) for graph in graphs(first) for node in graph.node)
+    for taken in (True, False) if ifs else ():
+        one, other = _taking(first, taken), _taking(second, taken)
+        for feed in feeds:
+            if not _runs(one, feed, runtime):
+                continue
+            if not _runs(other, feed, runtime):
+                raise InternalError(f"the proof failed: {lost}; nothing was written. Please report the model")
+            yield one, other, feed
+
+
+def _taking(model: onnx.ModelProto, taken: bool) -> onnx.ModelProto:
+    """A copy in which every `If` takes the same branch."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.graph.initializer.append(numpy_helper.from_array(np.array(taken), _FORCED))
+    for graph in graphs(copy):
+        for node in filter(_is_if, graph.node):
+            node.input[0] = _FORCED
+    return copy
+
+
+def _is_if(node: onnx.NodeProto) -> bool:
+    return node.op_type == "If" and node.domain in ("", "ai.onnx")
+
+
+def _runs(model: onnx.ModelProto, feed: Feeds, runtime: Runtime) -> bool:
+    """Whether a model runs: the data need not be meant for the branches that it takes."""
     try:
-        return list(runtime.session(model, optimise=False).run(names, dict(feed)))
-    except Exception:  # the branch that these data do not take; onnxruntime's errors share no base class
-        return None
+        _run(model, [value.name for value in model.graph.output], feed, runtime)
+    except Exception:  # onnxruntime's errors share no base class
+        return False
+    return True
+
+
+def _run(model: onnx.ModelProto, names: Sequence[str], feed: Feeds, runtime: Runtime) -> list[Any]:
+    """What a model gives for some tensors, as it stands."""
+    return list(runtime.session(expose(model, names), optimise=False).run(names, dict(feed))) if names else []
 
 
 def _side_by_side(
-    run: Callable[[onnx.ModelProto, Sequence[str], Feeds], list[Any]],
+    runtime: Runtime,
     first: tuple[onnx.ModelProto, Feeds],
     second: tuple[onnx.ModelProto, Feeds],
     names: Sequence[str],
 ) -> list[tuple[Any, Any]]:
     """What two models give for some tensors."""
-    return list(zip(run(first[0], names, first[1]), run(second[0], names, second[1]), strict=True))
+    return list(zip(*(_run(model, names, feed, runtime) for model, feed in (first, second)), strict=True))
 
 
 def _suited(models: Sequence[onnx.ModelProto], runtime: Runtime) -> Runtime:

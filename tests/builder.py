@@ -172,10 +172,10 @@ def pruned(model: onnx.ModelProto, seed: int = 0, share: float = 0.5) -> tuple[o
     plan = random_plan(analysis, seed, share)
     cut = rewrite(analysis, plan, copies=flat.copies)
     feeds = [p.feeds for p in analysis.shapes.probes]
-    proof = prove(analysis, plan, cut, feeds, RUNTIME, flat.closed if flat.loops else None)
+    proof = prove(analysis, plan, cut, feeds, RUNTIME, flat.turning)
     new = flat.closed(cut)
-    if flat.opened:
-        prove_alike(analysis.graph.model, cut, new, feeds, RUNTIME)
+    if flat.branches:
+        prove_alike(flat.turning(cut), new, feeds, RUNTIME)
     ort.InferenceSession(new.SerializeToString(), providers=["CPUExecutionProvider"])  # with all optimisations
     if all(o.type.tensor_type.HasField("shape") for o in new.graph.output):  # else the builder could not infer it
         onnx.checker.check_model(new)

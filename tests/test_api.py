@@ -15,6 +15,7 @@ import onnx
 import pytest
 from builder import RUNTIME, Builder, analysed, run, shapes_of
 from onnx import numpy_helper
+from test_report import PROMISED
 
 import onnxprune
 from onnxprune import pipeline
@@ -174,24 +175,6 @@ def test_one_sample_is_enough_to_go_by(name: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- report
-
-PROMISED = {
-    "schema_version": str,
-    "target": dict,
-    "before": dict,
-    "after": dict,
-    "achieved": dict,
-    "groups": list,
-    "frozen": list,
-    "prunable_macs": float,
-    "removed": dict,
-    "proof": dict,
-    "fidelity": dict,
-    "timings": dict,
-    "versions": dict,
-    "seed": int,
-    "hashes": dict,
-}
 
 
 @pytest.mark.parametrize("name", NAMES)

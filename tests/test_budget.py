@@ -103,15 +103,6 @@ def test_the_original_costs_what_is_counted_on_it(name: str) -> None:
     assert CostModel(analysis).total(units_of(analysis)) == count_model_macs(MODELS[name]()) == analysis.macs
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("seed", range(4))
-def test_any_kept_counts_cost_what_is_counted_on_the_rewritten_model(name: str, seed: int) -> None:
-    analysis, copies = prepared(name)
-    counts = np.random.default_rng(seed).integers(1, units_of(analysis) + 1)
-    new = rewrite(analysis, plan_of(analysis, counts, seed), copies=copies)
-    assert CostModel(analysis).total(counts) == count_model_macs(new)
-
-
 def test_a_dynamic_batch_is_counted_as_one_sample() -> None:
     model = vgg("n")
     plain, _ = normalise(Graph(model), RUNTIME)
@@ -129,17 +120,6 @@ def test_a_known_cost() -> None:
     cost = CostModel(analysis)
     assert cost.total(np.array([4])) == 64 * (4 * 3 * 9 + 5 * 4)
     assert cost.per_term(np.array([1])).tolist() == [64 * 3 * 9, 64 * 5]
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_along_a_group_is_one_by_one(name: str) -> None:
-    analysis = prepared(name)[0]
-    cost, units = CostModel(analysis), units_of(analysis)
-    kept = np.random.default_rng(1).integers(1, units + 1)
-    for group, size in enumerate(units):
-        candidates = np.arange(1, size + 1)
-        moved = [cost.total(np.where(np.arange(len(units)) == group, c, kept)) for c in candidates]
-        np.testing.assert_allclose(cost.along(kept, group, candidates), moved, rtol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------ allocation

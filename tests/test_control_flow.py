@@ -13,10 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.api import prune
 from onnxprune.counting import count_model_macs
-from onnxprune.errors import InternalError
+from onnxprune.errors import InputError, InternalError
 from onnxprune.plan import Plan
 from onnxprune.rewrite import rewrite
-from onnxprune.verify import prove_alike, silence
+from onnxprune.verify import prove, prove_alike, silence
 
 BOOL, INT64, FLOAT = TensorProto.BOOL, TensorProto.INT64, TensorProto.FLOAT
 
@@ -549,9 +549,104 @@ def handed_on() -> onnx.ModelProto:
     return g.model(g.node("MatMul", y, g.weight(8, 3)))
 
 
-def test_a_loop_that_is_handed_its_weights_stays() -> None:
-    analysis, flat = laid_open(handed_on())
+@pytest.mark.parametrize(
+    ("make", "reason", "remedy"),
+    [
+        (
+            handed_on,
+            "weight 'w11' comes in as a state that no turn changes",
+            "export with the body reading it from out",
+        ),
+        (lambda: in_a_loop(True), "If stands within it", "export without control flow in loops"),
+    ],
+)
+def test_a_loop_that_stays_says_why(make: Callable[[], onnx.ModelProto], reason: str, remedy: str) -> None:
+    model = make()
+    analysis, flat = laid_open(model)
     assert not flat.loops and {info.name for info in analysis.groups} == {"free"}
+    report = prune(model, speedup=1.1, select="l1", reconstruct=False, threads=1).report
+    (held,) = (f for f in report.frozen if f.reason.startswith("layers in the body"))
+    assert held.reason.endswith(reason) and held.remedy.startswith(remedy)
+
+
+def turning(g: Builder, x: str, channels: int) -> onnx.GraphProto:
+    """The body of a Loop with two convolutions; nothing else sees the channels between them."""
+    infos = [helper.make_tensor_value_info("turn", INT64, []), helper.make_tensor_value_info("go", BOOL, [])]
+    steps = [
+        node("Identity", ["go"], "on"),
+        node("Conv", ["state", "l_a"], "l1", name="within"),
+        node("Relu", ["l1"], "l2"),
+        node("Conv", ["l2", "l_b"], "next"),
+    ]
+    infos.append(helper.make_tensor_value_info("state", FLOAT, None))
+    return stored(body(steps, infos, "on", "next"), l_a=(14, channels, 1, 1), l_b=(channels, 14, 1, 1))
+
+
+def a_loop_in_a_branch() -> onnx.ModelProto:
+    g = Builder()
+    condition, x = g.input("condition", [], BOOL), wide(g)
+    steps = [
+        node("Conv", [x, "then_w"], "t", name="then"),
+        node("Loop", [g.const(3), g.const(True), "t"], "u", body=turning(g, "t", 8), name="loop"),
+    ]
+    one = stored(body(steps, [], "u"), then_w=(8, 6, 1, 1))
+    other = stored(body([node("Conv", [x, "else_w"], "e")], [], "e"), else_w=(8, 6, 1, 1))
+    return g.model(conv_of(g, g.node("If", condition, then_branch=one, else_branch=other, name="if"), 8))
+
+
+def a_loop_before_branches() -> onnx.ModelProto:
+    g = Builder()
+    condition, x = g.input("condition", [], BOOL), wide(g)
+    x = g.node("Loop", g.const(3), g.const(True), x, body=turning(g, x, 6), name="loop")
+    steps = [node("Conv", [x, "t_a"], "t1", name="inner"), node("Relu", ["t1"], "t2"), node("Conv", ["t2", "t_b"], "t")]
+    one = stored(body(steps, [], "t"), t_a=(12, 6, 1, 1), t_b=(8, 12, 1, 1))
+    other = stored(body([node("Conv", [x, "else_w"], "e")], [], "e"), else_w=(8, 6, 1, 1))
+    return g.model(conv_of(g, g.node("If", condition, then_branch=one, else_branch=other, name="if"), 8))
+
+
+BOTH: list[tuple[Callable[[], onnx.ModelProto], set[str]]] = [
+    (a_loop_in_a_branch, {"free_a", "seen", "then", "within", "free_b"}),
+    (a_loop_before_branches, {"free_a", "seen", "inner", "t", "within", "free_b"}),
+]
+
+
+@pytest.mark.parametrize(("make", "groups"), BOTH, **ids)
+def test_branches_and_loops_of_one_model_are_cut(make: Callable[[], onnx.ModelProto], groups: set[str]) -> None:
+    model = make()
+    analysis, flat = laid_open(model)
+    assert flat.branches and flat.loops and {info.name for info in analysis.groups} == groups
+    same = flat.closed(rewrite(analysis, Plan("", {}), copies=flat.copies))
+    assert names_of(same.graph) == names_of(model.graph) and b"onnxprune." not in same.SerializeToString()
+    new, _, plan, proof = pruned(model)
+    assert proof.max_relative_difference < 1e-5
+    silent = flat.closed(silence(analysis, plan))
+    for taken in (True, False):
+        feeds = analysis.shapes.probes[0].feeds | {"condition": np.array(taken)}
+        for wanted, got in zip(run(silent, feeds), run(new, feeds), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_branch_that_gives_one_tensor_twice_is_refused() -> None:
+    g = Builder()
+    condition, x = g.input("condition", [], BOOL), wide(g)
+    one, other = (body([node(op, [x], "u")], [], "u", "u") for op in ("Relu", "Neg"))
+    first, second = g.node("If", condition, then_branch=one, else_branch=other, name="if", outputs=2)
+    with pytest.raises(InputError, match=r"branch of If 'if' gives 'u' twice.*put an Identity behind"):
+        prune(g.model(conv_of(g, g.Add(first, second), 6)), speedup=1.1)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_cut_that_is_wrong_in_one_branch_alone_is_refused(taken: bool) -> None:
+    model = own_weights()
+    analysis, _ = laid_open(model)
+    wrong = onnx.ModelProto()
+    wrong.CopyFrom(analysis.graph.model)
+    choice = next(n for n in wrong.graph.node if n.op_type == "If")
+    branch = next(a.g for a in choice.attribute if a.name == ("else_branch" if taken else "then_branch"))
+    branch.node[0].op_type = "Relu"
+    feeds = [analysis.shapes.probes[0].feeds | {"condition": np.array(taken)}]
+    with pytest.raises(InternalError, match=r"the proof failed: .* differs"):
+        prove(analysis, Plan("", {}), wrong, feeds, RUNTIME)
 
 
 def test_a_recurrent_cell_is_pruned_from_end_to_end() -> None:
@@ -607,6 +702,8 @@ def test_a_cut_that_fails_in_the_other_branch_only_is_refused(width: int, fits: 
         )
 
     feeds = [{"x": np.ones((2, 3), np.float32), "c": np.array(True)}]
-    original, cut = choosing(3), choosing(width)
+    analysis = laid_open(choosing(3))[0]
     with contextlib.nullcontext() if fits else pytest.raises(InternalError, match="the original runs and the cut"):
-        prove_alike(original, cut, cut, feeds, RUNTIME)
+        prove(analysis, Plan("", {}), choosing(width), feeds, RUNTIME)
+    with contextlib.nullcontext() if fits else pytest.raises(InternalError, match="does not run any more"):
+        prove_alike(choosing(3), choosing(width), feeds, RUNTIME)

@@ -9,6 +9,8 @@ from builder import Builder
 from test_api import accuracy, pruned
 
 from onnxprune.api import prune
+from onnxprune.errors import InputError
+from onnxprune.graph import Graph
 
 
 def any_size() -> onnx.ModelProto:
@@ -44,3 +46,57 @@ def test_few_samples_do_not_strip_the_layer_before_a_wide_one(samples: int) -> N
     assert kept["/features/features.17/Conv"] > 0.1
     sliced = pruned("digits_cnn", select="l1", samples=samples, reconstruct=False)
     assert accuracy(fitted.model, "digits_cnn") >= accuracy(sliced.model, "digits_cnn")
+
+
+def graph_network() -> onnx.ModelProto:
+    """Nodes of a graph and its adjacency: there is no batch, and samples do not stack."""
+    g = Builder()
+    x, edges = g.input("x", ["n", 6]), g.input("edges", ["n", "n"])
+    for out in (16, 12):
+        x = g.Relu(g.MatMul(edges, g.linear(x, out)))
+    return g.model(g.linear(x, 3))
+
+
+def test_samples_that_do_not_stack() -> None:
+    model = graph_network()
+    assert [spec.stacks for spec in Graph(model).inputs] == [False, False]
+    assert prune(model, speedup=1.5, samples=6, threads=1).report.achieved.macs >= 1.5
+    rng = np.random.default_rng(0)
+    graphs = {"x": rng.standard_normal((12, 5, 6)), "edges": rng.uniform(0, 0.3, (12, 5, 5))}
+    stacked = {name: array.astype(np.float32) for name, array in graphs.items()}
+    assert prune(model, speedup=1.5, data=stacked, threads=1).report.data.samples == 12
+    one = {name: array[0] for name, array in stacked.items()}
+    assert prune(model, speedup=1.5, data=one, threads=1).report.data.samples == 1
+
+
+def test_a_size_that_anything_dynamic_is_called_by_is_no_size() -> None:
+    g = Builder()
+    x = g.MaxPool(g.Relu(g.conv(g.input("x", ["?", 3, "?", "?"]), 8)), kernel_shape=[5, 5])
+    spec = Graph(g.model(g.GlobalAveragePool(g.node("Conv", x, g.weight(4, 8, 1, 1))))).inputs[0]
+    assert spec.stacks and spec.shape == (None, 3, None, None)
+
+
+def frames(stated: int) -> onnx.ModelProto:
+    """A batch that a Reshape takes apart: as clips of so many frames."""
+    g = Builder()
+    x = g.Relu(g.conv(g.input("x", ["n", 3, 6, 6]), 12))
+    clips = g.Reshape(x, g.const([-1, stated, 12, 6, 6]))
+    return g.model(g.node("Conv", g.ReduceMax(clips, axes=[1], keepdims=0), g.weight(4, 12, 1, 1)))
+
+
+def test_a_batch_of_clips() -> None:
+    model, rng = frames(4), np.random.default_rng(0)
+    assert prune(model, speedup=1.2, samples=4, threads=1).report.achieved.macs >= 1.2
+    clips = rng.standard_normal((6, 4, 3, 6, 6)).astype(np.float32)
+    assert prune(model, speedup=1.2, data={"x": clips}, threads=1).report.data.samples == 6
+    with pytest.raises(InputError, match=r"fed with x as .1, 3, 6, 6.*give records of such"):
+        prune(model, speedup=1.2, data={"x": clips[:, 0]}, threads=1)
+
+
+def test_a_batch_that_is_dynamic_in_name_alone() -> None:
+    g = Builder()
+    x = g.Relu(g.conv(g.input("x", ["n", 3, 6, 6]), 12))
+    first = g.Squeeze(g.Reshape(g.Conv(x, g.weight(4, 12, 1, 1)), g.const([1, 2, 2, 36])), g.const([0]))
+    model, rng = g.model(first), np.random.default_rng(0)
+    for data in (None, {"x": rng.standard_normal((9, 3, 6, 6)).astype(np.float32)}):
+        assert prune(model, speedup=1.2, samples=9, data=data, threads=1).report.achieved.macs >= 1.2

@@ -170,6 +170,24 @@ def test_a_list_of_parts_is_written_out(sizes: np.ndarray) -> None:
     assert analysis.prunable_macs == 1
 
 
+@pytest.mark.parametrize("opset", [11, 17])
+def test_a_list_that_grew_is_written_out(opset: int) -> None:
+    g = Builder(opset)
+    x = g.Relu(g.conv(g.input("x", [2, 3, 6, 6]), 6))
+    grown = g.SequenceInsert(g.SequenceInsert(g.SequenceEmpty(), x), g.Neg(x), g.const(0))
+    parts = g.SplitToSequence(g.Abs(x), g.const([2, 4]), axis=1)
+    grown = g.SequenceErase(g.SequenceInsert(grown, g.Tanh(x)), g.const(-2))  # what was negated, and Tanh
+    both = g.ConcatFromSequence(grown, axis=1, new_axis=1)
+    count = g.Cast(g.SequenceLength(grown), to=TensorProto.FLOAT)
+    y = g.Div(g.Add(g.ReduceMax(both, axes=[1], keepdims=0), g.ConcatFromSequence(parts, axis=1)), count)
+    model = g.model(g.Conv(y, g.weight(2, 6, 1, 1)))
+    assert not any("Sequence" in op for op in ops(plain(model)))
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 3, 6, 6)).astype(np.float32)}
+    np.testing.assert_allclose(run(plain(model), feeds)[0], run(model, feeds)[0], rtol=1e-6, atol=1e-6)
+    _, analysis, _, _ = pruned(model)
+    assert analysis.prunable_macs == 1
+
+
 def test_a_list_that_is_read_at_a_computed_place_stays() -> None:
     g = Builder()
     place = g.Cast(g.ReduceMax(g.input("k", [1]), keepdims=0), to=TensorProto.INT64)

@@ -18,9 +18,9 @@ from onnxprune.rules import (
     scatter,
     turns,
 )
-from onnxprune.rules.base import TABLE, Kept, OpView, Repair, Row, describe
+from onnxprune.rules.base import TABLE, Kept, OpView, Repair, Row, describe, refusal
 
-__all__ = ["TABLE", "Kept", "OpView", "Repair", "Row", "describe"]
+__all__ = ["TABLE", "Kept", "OpView", "Repair", "Row", "describe", "refusal"]
 
 for _module in (contract, pointwise, movement, normalize, scatter, recurrent, attention, quantize, refused, turns):
     _module.register(TABLE)

@@ -132,6 +132,12 @@ def row_for(domain: str, op: str, version: int) -> Row | None:
     return max(rows, key=lambda row: row.since) if rows else None
 
 
+def refusal(domain: str, op: str, version: int) -> Refusal | None:
+    """What the table says of an operator that is left alone whatever it is called with."""
+    row = row_for(domain, op, version)
+    return row.describe if row is not None and isinstance(row.describe, Refusal) else None
+
+
 def describe(op: OpView, row: Row | None = None) -> BoundRelation | Refusal:
     """What the table (or a given row) says about one operator call, bound to its shapes."""
     row = row or row_for(op.domain, op.op, op.version)
