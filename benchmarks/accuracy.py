@@ -132,8 +132,8 @@ def measure(case: Case, data: Data, before: float, speedup: float, select: str, 
 
 
 _RUN = (
-    "import resource, sys; from onnxprune.cli import main; status = main(sys.argv[1:]); "
-    "print(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)); sys.exit(status)"
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from peak import peak_mib; "
+    "from onnxprune.cli import main; status = main(sys.argv[1:]); print(peak_mib()); sys.exit(status)"
 )
 
 

@@ -40,10 +40,10 @@ Rows = list[dict[str, Any]]
 _PRELUDE = """
 import json, resource, sys, time
 import numpy as np
+from peak import peak_mib
 spec = json.loads(sys.argv[1])
 def done(**found):
-    found["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    print(json.dumps(found))
+    print(json.dumps({"peak_mib": peak_mib(), **found}))
 """
 _PRUNE = (
     _PRELUDE
@@ -78,7 +78,7 @@ _STARTUP = (
     + """
 import subprocess
 start = time.perf_counter()
-subprocess.run([sys.executable, "-m", "onnxprune.cli", *spec["arguments"]], check=True, capture_output=True)
+subprocess.run([sys.executable, "-m", "onnxprune", *spec["arguments"]], check=True, capture_output=True)
 seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
 done(seconds=seconds, cpu=used.ru_utime + used.ru_stime)
 """
@@ -150,7 +150,7 @@ class Bench:
         """What a process prints last; an object with ``error`` where it fails."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.args.threads)}
         environment["OPENBLAS_NUM_THREADS"] = str(self.args.threads)
-        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, "-c", code, json.dumps({"threads": self.args.threads, **spec})]
         found = subprocess.run(command, capture_output=True, text=True, env=environment)
         if found.returncode:

@@ -9,7 +9,6 @@ that of the process, and maps of files count as far as their pages are in memory
 from __future__ import annotations
 
 import argparse
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
+from peak import peak_mib
 
 import onnxprune
 from onnxprune.graph import read_model
@@ -64,9 +64,8 @@ def main() -> None:
     result.save(path.with_name("large.pruned.onnx"), force=True)
     seconds = time.perf_counter() - start
     again = read_model(path.with_name("large.pruned.onnx"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{size_of(read_model(path)) / 2**30:.2f} GiB -> {size_of(again) / 2**30:.2f} GiB in {seconds:.0f} s")
-    print(f"peak memory {peak / 2**30:.2f} GiB; proof {result.report.proof}")
+    print(f"peak memory {peak_mib() / 2**10:.2f} GiB; proof {result.report.proof}")
     print("files left:", sorted(file.name for file in options.folder.iterdir()))
 
 
