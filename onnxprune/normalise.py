@@ -20,9 +20,10 @@ from onnx import numpy_helper
 from onnx.inliner import inline_local_functions
 
 from onnxprune.branches import inline_branch
-from onnxprune.graph import Graph
+from onnxprune.graph import FLOATS, Graph
 from onnxprune.runtime import Runtime, expose
 from onnxprune.sequences import unpack_sequences
+from onnxprune.tensors import graphs
 
 _LARGEST_FOLDED = 1 << 20  # elements; larger results are folded only where they do not outgrow what they come from
 _LARGEST_COPY = 1 << 16  # elements
@@ -47,7 +48,33 @@ def normalise(graph: Graph, runtime: Runtime) -> tuple[onnx.ModelProto, dict[str
         used = used_names(model)
         unpack_sequences(model, functools.partial(add_constant, model))
         drop_unused(model, used)
+        _fill_apart(model)
     return model, unshare(model)
+
+
+def _fill_apart(model: onnx.ModelProto) -> None:
+    """One node for every user of a tensor that is one number all over, sized at run time: the first states of layers.
+
+    Exporters write one where layers have nothing to do with one another but that they all start at zero.
+    """
+    taken = {name for graph in graphs(model) for node in graph.node for name in node.output}
+    readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+    for node in model.graph.node:
+        for k, name in enumerate(node.input):
+            readers.setdefault(name, []).append((node, k))
+    for place in reversed(range(len(model.graph.node))):
+        made = model.graph.node[place]
+        if made.op_type != "ConstantOfShape" or made.domain or any(a.t.data_type not in FLOATS for a in made.attribute):
+            continue
+        for number, (reader, k) in enumerate(readers.get(made.output[0], [])[1:]):
+            copy = onnx.NodeProto()
+            copy.CopyFrom(made)
+            while (name := f"{made.output[0]}__{number}") in taken:
+                number += 1
+            taken.add(name)
+            copy.output[0] = reader.input[k] = name
+            copy.name = f"{made.name}__{number}" if made.name else ""
+            model.graph.node.insert(place + 1, copy)
 
 
 def _fold(model: onnx.ModelProto, folder: Path, runtime: Runtime) -> None:

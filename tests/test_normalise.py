@@ -194,3 +194,21 @@ def test_a_list_that_is_read_at_a_computed_place_stays() -> None:
     model = g.model(g.SequenceAt(g.SplitToSequence(g.input("x", [4, 6]), g.const(2)), place))
     found, _ = normalise(Graph(model), RUNTIME)
     assert [op for op in ops(found) if "Sequence" in op] == ["SplitToSequence", "SequenceAt"]
+
+
+def test_layers_that_start_from_the_same_zeros_have_nothing_to_do_with_one_another() -> None:
+    g = Builder()
+    x = g.input("x", [2, "t", 5])
+    start = g.ConstantOfShape(g.Concat(g.const([1]), g.Gather(g.Shape(x), g.const([0])), g.const([12]), axis=0))
+    steps, found = g.Transpose(x, perm=[1, 0, 2]), []
+    for size in (5, 12, 12):
+        weights = g.weight(1, 36, size), g.weight(1, 36, 12), g.weight(1, 72)
+        made = g.node("GRU", steps, *weights, "", start, hidden_size=12, outputs=2)
+        steps, last = g.Squeeze(made[0], g.const([1])), g.Squeeze(made[1], g.const([0]))
+        found.append(last)
+    model = g.model(found[0], g.gemm(found[2], 3))  # the first state is an output, and stays
+    starts = [node.output[0] for node in plain(model).graph.node if node.op_type == "ConstantOfShape"]
+    assert len(set(starts)) == 3
+    new, analysis, _, _ = pruned(model)
+    assert len(analysis.groups) == 2 and not [f for f in analysis.frozen if "no rule" in f.reason]
+    assert run(new, analysis.shapes.probes[0].feeds)[0].shape == (2, 12)
