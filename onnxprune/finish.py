@@ -272,6 +272,10 @@ def _removed(prepared: Prepared, plan: Plan) -> dict[str, dict[int, tuple[int, .
         alias, source = node.outputs[0], node.inputs[0] if node.inputs else ""
         if node.op == "Identity" and graph.is_stored(alias) and found.get(alias) != found.get(source):
             found.setdefault(alias, {})
+        if node.op == "Transpose" and alias in found and graph.is_stored(alias) and original.is_stored(source):
+            order = node.attributes.get("perm", range(len(graph.stored(alias).dims))[::-1])
+            if found.get(source) == {order[axis]: gone for axis, gone in found[alias].items()}:
+                del found[alias]  # follows from what it was turned from, which others read as well
     made = {name: axes for name, axes in found.items() if name not in known}
     if made and prepared.original.functions:  # which may turn what they are given
         inlined = Graph(inline_local_functions(prepared.original), original.folder)

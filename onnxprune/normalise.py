@@ -28,7 +28,12 @@ from onnxprune.tensors import graphs
 _LARGEST_FOLDED = 1 << 20  # elements; larger results are folded only where they do not outgrow what they come from
 _LARGEST_COPY = 1 << 16  # elements
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear")
-_WEIGHT_OPERANDS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}
+_WEIGHT_OPERANDS = {  # what makes channels: to be named in the report, it has to be cut alike for all that read it
+    **dict.fromkeys(("Conv", "ConvTranspose", "DeformConv", "FusedConv"), (1,)),
+    **dict.fromkeys(("Einsum", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"), (0, 1)),
+    **dict.fromkeys(("GRU", "LSTM", "RNN"), (1, 2)),
+    "Gather": (0,),
+}
 
 
 def normalise(graph: Graph, runtime: Runtime) -> tuple[onnx.ModelProto, dict[str, str]]:

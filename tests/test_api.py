@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from builder import RUNTIME, Builder, analysed, run, shapes_of
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from test_report import PROMISED
 
 import onnxprune
@@ -580,3 +580,35 @@ def test_a_sequence_may_be_shorter_than_a_batch() -> None:
     x = g.ReduceMax(x, axes=[0], keepdims=0)
     result = prune(g.model(g.linear(g.Relu(g.linear(x, 12)), 3)), speedup=1.5, threads=1)
     assert result.report.data.samples > 12 and result.report.achieved.macs >= 1.5
+
+
+def test_a_table_that_is_also_read_turned_is_named_once() -> None:
+    g = Builder()
+    table = g.weight(30, 16, name="table")
+    h = g.Gather(table, g.input("ids", ["n", 7], TensorProto.INT64))
+    h = g.Add(h, g.linear(g.Relu(g.MatMul(h, g.weight(16, 24))), 16, bias=False))
+    model = g.model(g.MatMul(h, g.Transpose(table, perm=[1, 0], name="turned")))
+    report = prune(model, speedup=1.5, select="random", reconstruct=False, samples=4, threads=1).report
+    assert set(report.removed["table"]) == {1} and "turned" not in report.removed
+
+
+def twice(op: str) -> onnx.ModelProto:
+    """Two users of one weight, in branches that have nothing else in common."""
+    g = Builder()
+    if op == "Gather":
+        table = g.weight(30, 16, name="shared")
+        ends = [g.Gather(table, g.input(name, ["n", 7], TensorProto.INT64)) for name in ("one", "two")]
+    else:
+        weights = g.weight(1, 48, 5, name="shared"), g.weight(1, 48, 16), g.weight(1, 96)
+        sides = [g.input(name, [7, "n", 5]) for name in ("one", "two")]
+        ends = [g.Squeeze(g.GRU(x, *weights, hidden_size=16), g.const([1])) for x in sides]
+    return g.model(*(g.MatMul(g.Relu(g.MatMul(end, g.weight(16, 24))), g.weight(24, 3)) for end in ends))
+
+
+@pytest.mark.parametrize("op", ["Gather", "GRU"])
+def test_a_weight_that_two_operators_share_is_cut_alike_and_named(op: str) -> None:
+    result = prune(twice(op), speedup=1.5, select="random", reconstruct=False, samples=4, threads=1)
+    new = shapes_of(result.model)
+    gone = len(result.report.removed["shared"][1])
+    assert gone > 0 and new["shared"][1] == (16 if op == "Gather" else 48) - gone
+    assert not any(name.startswith("shared_") for name in new)
