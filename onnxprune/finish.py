@@ -148,6 +148,7 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
     entry = timing.entry() if timing else None
     if entry is not None:
         achieved = replace(achieved, latency=entry.measured.ratio)
+        warnings += entry.doubts()
     warnings += [*runtime.fallen, *chooser.notes, *_misses(wanted, achieved, after)]
     report = Report(
         target=Target(wanted.speedup, wanted.by),

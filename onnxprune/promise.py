@@ -83,6 +83,14 @@ class LatencyEntry:
     models_measured: int
     models_remembered: int
 
+    def doubts(self) -> list[str]:
+        """That the ratio is not known well enough to say whether the promise was kept; nothing where it is."""
+        low, high = self.measured.low, self.measured.high
+        if high / low <= (1 + MISSED) / (1 - MISSED):
+            return []
+        said = f"the measured speed-up is only known to lie between {low:.2f}x and {high:.2f}x (95 % interval)"
+        return [f"{said}, which is too little to say that it is the one asked for; a quiet machine would tell more"]
+
 
 @dataclass(eq=False)
 class Timing:

@@ -466,6 +466,7 @@ def test_noise_is_not_chased(monkeypatch: pytest.MonkeyPatch) -> None:
             report = prune(DIGITS, speedup=1.6, by="latency", **QUICK).report
         assert report.latency is not None
         assert report.latency.measured.ratio == pytest.approx(1.6, rel=0.05)
+        assert not [text for text in report.warnings if "only known to lie between" in text]
         assert len(report.latency.rounds) <= 9
         timing, counts = solved[0]
         assert timing.tried[counts.tobytes()].looks >= 2
@@ -486,6 +487,21 @@ def test_a_network_is_measured_again_only_where_that_says_something(monkeypatch:
     monkeypatch.setattr(promise.Timing, "keeps_promise", note)
     prune(DIGITS, speedup=2.0, by="latency", **QUICK)
     assert sorted(each.looks for each in looks[0].values())[-2:] == [1, 2]
+
+
+def test_an_interval_that_is_too_wide_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, blocks(), blocks())
+    exact = promise.measure_ratio
+
+    def loose(*models: Any, **options: Any) -> Ratio:
+        found = exact(*models, **options)
+        return Ratio.of([0.9 * found.ratio, found.ratio, found.ratio, found.ratio / 0.9], found.seconds, 20, "wall")
+
+    monkeypatch.setattr(promise, "measure_ratio", loose)
+    report = prune(DIGITS, speedup=1.5, by="latency", **QUICK).report
+    assert report.latency is not None
+    assert [text for text in report.warnings if "only known to lie between" in text]
+    assert len(report.latency.rounds) <= 9
 
 
 def test_what_turns_out_too_slow_when_measured_again_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:

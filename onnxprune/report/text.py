@@ -92,7 +92,8 @@ def latency_lines(report: Report) -> list[str]:
     most = max(found.stays, key=lambda name: found.stays[name], default="")
     return [
         f"asked for {report.target.speedup:g}x the speed, measured {seen.ratio:.2f}x (95 % interval {seen.low:.2f} to"
-        f" {seen.high:.2f}) on {found.provider}, {threads}, {sizes}; in MACs {report.achieved.macs:.2f}x",
+        f" {seen.high:.2f}) on {found.provider}, {threads}, {sizes}; in MACs {report.achieved.macs:.2f}x;"
+        f" {len(found.rounds)} measurements of cut networks before",
         f"{percent(found.fixed)} of the time stays however narrow the layers, most of it at {clean(most)};"
         f" largest measured {found.reachable:.2f}x; table of {found.models_measured + found.models_remembered} times,"
         f" {found.models_remembered} from the cache",
