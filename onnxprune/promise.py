@@ -20,8 +20,8 @@ from onnxprune.stopwatch import Stopwatch
 from onnxprune.targets import Limit, Wanted, unreachable
 
 MISSED = 0.05  # relative: a ratio further off is solved again
-_CLOSE = 0.015  # relative: as near as rounds try to come
-_ROUNDS = 8  # measurements of cut networks, after that of the fastest
+_NEAR = 0.025  # relative: a network that seems as near as that is not corrected; measured anew it may be further off
+_ROUNDS = 8  # measurements of cut networks, after that of the fastest; where a finished one disappoints, a few more
 _LOOKS = 2  # at what is written; one that its interval leaves in doubt gets one more
 _NUDGES = (0.0, 0.01, -0.01, 0.02, -0.02, 0.04, -0.04)  # of what is asked of the table, until a network is a new one
 _NAMED = 5  # of the places where time stays
@@ -120,6 +120,7 @@ class Timing:
     tried: dict[bytes, Tried] = field(default_factory=dict)  # by kept counts
     goal: float = field(init=False)  # the ratio that is aimed at
     best_effort: bool = field(default=False, init=False)
+    rounds_left: int = field(default=_ROUNDS, init=False)
     cost: TimeCost = field(init=False)
     _measured: Ratio = field(init=False)
     _least: float = field(default=1.0, init=False)  # share of the time that is left where it is shortest
@@ -219,7 +220,7 @@ class Timing:
             UnreachableTarget: even the fastest network, measured again, is too slow, unless that is to be passed over.
         """
         with self.progress.stage("meet the time", _ROUNDS):
-            for left in reversed(range(_ROUNDS)):
+            for left in reversed(range(max(self.rounds_left, _LOOKS))):
                 best, counts = self._nearest(others), None
                 if best is not None and best.solved:
                     if best.looks < self._looks(best, others):
@@ -234,6 +235,7 @@ class Timing:
                         break
                     counts = best.counts
                 self._see(counts).solved = True
+                self.rounds_left -= 1
                 self.progress.advance()
         found = self._nearest(others)
         if found is None or (found.found.ratio < self.goal * (1 - MISSED) and not self.best_effort):
@@ -244,18 +246,15 @@ class Timing:
         return abs(each.found.ratio / self.goal - 1)
 
     def _is_met(self, each: Tried, others: list[Limit]) -> bool:
-        """Whether no further network need be tried: of a ratio that cannot be told from the goal, none knows better."""
-        enough = others and each.found.ratio >= self.goal
-        return bool(enough or self._gap(each) <= (MISSED / 2 if self._may_be_right(each) else _CLOSE))
-
-    def _may_be_right(self, each: Tried) -> bool:
-        return each.found.low <= self.goal <= each.found.high
+        """Whether no further network need be tried."""
+        return self._gap(each) <= _NEAR or bool(others and each.found.ratio >= self.goal)
 
     def _looks(self, each: Tried, others: list[Limit]) -> int:
         """How often it has to be measured before anything follows from it."""
+        low, high = each.found.low / self.goal, each.found.high / self.goal
         if self._is_met(each, others):
-            return _LOOKS
-        return _LOOKS + 1 if self._may_be_right(each) else 1
+            return _LOOKS if low >= 1 - MISSED and (others or high <= 1 + MISSED) else _LOOKS + 1
+        return _LOOKS + 1 if low <= 1 <= high else 1
 
     def _nearest(self, others: list[Limit]) -> Tried | None:
         """Of the networks measured the one to write, so far; where none is near enough, the nearest faster one."""
