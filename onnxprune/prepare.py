@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 
 from onnxprune.analysis import Analysis
 from onnxprune.archive import Damaged
@@ -175,10 +176,11 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
     with progress.stage("load"):
         path = None if isinstance(model, onnx.ModelProto) else Path(model)
         original = model if isinstance(model, onnx.ModelProto) else read_model(Path(model))
-        runtime = runtime.suited(original)
+        runtime, session = runtime.ready(original)
         graph = Graph(original, path.parent if path else None)
         kept = _kept(original, settings)
-        calibration = _load(graph, path, settings, runtime, kept)
+        calibration = _load(graph, path, settings, runtime, session, kept)
+        del session
         fit_data, held_out = _split(calibration)
         data = DataEntry(calibration.source, len(calibration), calibration.digest, calibration.is_random)
         judging: Calibration | None = held_out
@@ -264,7 +266,14 @@ def _kept(original: onnx.ModelProto, settings: Settings) -> Gathered | None:
     return found
 
 
-def _load(graph: Graph, path: Path | None, settings: Settings, runtime: Runtime, kept: Gathered | None) -> Calibration:
+def _load(
+    graph: Graph,
+    path: Path | None,
+    settings: Settings,
+    runtime: Runtime,
+    session: ort.InferenceSession,
+    kept: Gathered | None,
+) -> Calibration:
     if kept is not None and settings.data is None:  # random numbers of the sizes that the data had
         return load_calibration(None, graph.inputs, samples=8, seed=settings.seed, dynamic=kept.about["sizes"])
     calibration = load_calibration(
@@ -281,16 +290,15 @@ def _load(graph: Graph, path: Path | None, settings: Settings, runtime: Runtime,
             calibration = load_calibration(
                 None, graph.inputs, samples=settings.samples, seed=settings.seed, dynamic=sizes
             )
-            if _takes(graph, calibration, 1, runtime):
+            if _takes(session, calibration, 1):
                 break
-    if calibration.batchable and not _takes(graph, calibration, _AT_ONCE, runtime):
+    if calibration.batchable and not _takes(session, calibration, _AT_ONCE):
         return dataclasses.replace(calibration, batchable=False)
     return calibration
 
 
-def _takes(graph: Graph, calibration: Calibration, count: int, runtime: Runtime) -> bool:
+def _takes(session: ort.InferenceSession, calibration: Calibration, count: int) -> bool:
     """Whether the model runs on some records at once; one that states its batch in a Reshape need not."""
-    session = runtime.session(graph.model, optimise=False)
     try:
         session.run(None, calibration.feeds(list(range(min(count, len(calibration))))))
     except Exception:  # onnxruntime's errors share no base class

@@ -67,19 +67,24 @@ class Runtime:
         Raises:
             InputError: onnxruntime refuses the model in either form.
         """
+        return self.ready(model)[0]
+
+    def ready(self, model: onnx.ModelProto) -> tuple[Runtime, ort.InferenceSession]:
+        """The runtime that suits a model, as `suited` finds it, and a session that runs the model as it stands.
+
+        Raises:
+            InputError: onnxruntime refuses the model in either form.
+        """
         wide = replace(self, as_float32=True)
         found = types(model)
         if onnx.TensorProto.BFLOAT16 in found:  # which NumPy does not know either
-            wide.session(model, optimise=False)
-            return wide
+            return wide, wide.session(model, optimise=False)
         try:
-            self.session(model, optimise=False)
+            return self, self.session(model, optimise=False)
         except InputError:
             if onnx.TensorProto.DOUBLE not in found:
                 raise
-            wide.session(model, optimise=False)
-            return wide
-        return self
+            return wide, wide.session(model, optimise=False)
 
     def feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Inputs in the types that a session of this runtime takes."""
