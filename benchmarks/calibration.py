@@ -1,6 +1,6 @@
 """What calibration costs: time beside one plain pass of the network, memory, and how both grow.
 
-    python benchmarks/calibration.py [--part stages,memory,growth,datafree,startup] [--shared ../shared]
+    python benchmarks/calibration.py [--part stages,memory,growth,datafree,startup,cluster] [--shared ../shared]
 
 stages: one plain pass of onnxruntime over N images, and everything that `--speedup 2` does with as many (by default and
 with `--quick`, which takes 1,000 of them at most), in one process: the ratio of the two, and where the time goes.
@@ -10,6 +10,7 @@ the network (the exponent of a power law).
 datafree: `--select l1 --no-reconstruct` as a library call beside onnxsim's `apply_structured_pruning` and
 Torch-Pruning's L1, where they are installed: theirs come without a proof.
 startup: `onnxprune --help` and `onnxprune inspect` as whole processes.
+cluster: the pass that collects, in one process with one thread and on two such workers of a Dask cluster.
 
 Without --shared's data, a network of `models/` on made-up images of its size stands in. Every figure is the median of
 --repeats runs, but for the memory. Writes benchmarks/calibration.md and benchmarks/calibration.json; parts of other
@@ -81,6 +82,23 @@ start = time.perf_counter()
 subprocess.run([sys.executable, "-m", "onnxprune", *spec["arguments"]], check=True, capture_output=True)
 seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
 done(seconds=seconds, cpu=used.ru_utime + used.ru_stime)
+"""
+)
+_CLUSTER = (
+    _PRELUDE
+    + """
+from distributed import LocalCluster
+from onnxprune import collect
+from onnxprune.progress import Progress
+def run(address):
+    progress, found = Progress(), []
+    given = {"data": spec["data"], "samples": spec["count"], "budget": "uniform", "threads": 1, "dask": address}
+    collect(spec["model"], progress=progress, **given)
+    return progress.timings["calibrate"]
+with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    run(cluster.scheduler_address)  # workers load what they need
+    alone, together = zip(*[(run(None), run(cluster.scheduler_address)) for _ in range(spec["repeats"])])
+done(alone=float(np.median(alone)), together=float(np.median(together)))
 """
 )
 _DATAFREE = {
@@ -309,6 +327,20 @@ def startup(bench: Bench) -> Rows:
     return rows
 
 
+def cluster(bench: Bench) -> Rows:
+    rows: Rows = []
+    for name, count in (("resnet56", 5000), ("squeezenet1.0_imagenet", 500)):
+        model, count = bench.network(name), bench.args.images or count
+        data = str(bench.images(model, count))
+        found = bench.process(_CLUSTER, model=str(model), data=data, count=count, repeats=bench.args.repeats)
+        row = {"network": model.stem, "images": count, "collecting, s": found.get("alone")}
+        row |= {"with two workers, s": found.get("together")}
+        if "alone" in found:
+            row["ratio"] = found["alone"] / found["together"]
+        rows.append(row | _error(found))
+    return rows
+
+
 def _error(found: dict[str, Any]) -> dict[str, Any]:
     return {"note": f"failed: {found['error']}"} if "error" in found else {}
 
@@ -319,6 +351,7 @@ PARTS: dict[str, Callable[[Bench], Rows]] = {
     "growth": growth,
     "datafree": datafree,
     "startup": startup,
+    "cluster": cluster,
 }
 
 

@@ -6,11 +6,14 @@ data. Sums are added up in pairs on the workers. What a lost worker had is compu
 
 from __future__ import annotations
 
+import copyreg
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import onnx
 
 from onnxprune import blas
 from onnxprune.analysis import Analysis
@@ -25,6 +28,9 @@ from onnxprune.statistics import Statistics
 _SHARDS = 4  # per worker and round: few enough to be worth a session, many enough to spread
 _SENT = 256 << 20  # bytes of inputs that are on the way at once
 _SECONDS = 30  # to wait for a scheduler
+
+# what the view of a graph holds of a Constant node; protobuf leaves it to us
+copyreg.pickle(type(onnx.TensorProto().dims), lambda dims: (list, (list(dims),)))
 
 Sums = list[list[Statistics]]
 Common = tuple[Analysis, tuple[Reader, ...], Runtime]

@@ -41,7 +41,7 @@ class Node:
     domain: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    attributes: Mapping[str, Any]
+    attributes: Mapping[str, Any]  # but for bodies, which are read from the model
     captured: tuple[str, ...]  # tensors that a body (If, Loop, Scan) takes from outside
     choice: bool = False  # an If that hands on one of two tensors, see `is_choice`
     entry: bool = False  # what the first turn of a loop gets: later ones may get anything
@@ -79,7 +79,7 @@ class Graph:
                 "" if proto.domain == "ai.onnx" else proto.domain,
                 tuple(proto.input),
                 tuple(proto.output),
-                dict(node.attrs),
+                {name: value for name, value in node.attrs.items() if not isinstance(value, gs.Graph)},
                 tuple(sorted(captured(proto))),
                 is_choice(proto),
                 **_noted(proto),

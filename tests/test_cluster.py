@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from builder import RUNTIME, Builder, analysed
 
@@ -116,6 +117,25 @@ def test_pruning_collects_on_the_cluster(cluster: Any, monkeypatch: pytest.Monke
     data = np.random.default_rng(0).standard_normal((40, 3, 10, 10)).astype(np.float32)
     one, two = (
         prune(model, data=data, threads=1, speedup=1.5, dask=address) for address in (None, cluster.scheduler_address)
+    )
+    assert one.plan == two.plan
+
+
+def test_constants_and_bodies_travel_to_workers(cluster: Any) -> None:
+    g = Builder(seed=1)
+    x = g.Relu(g.conv(g.Relu(g.conv(g.input("x", ["n", 3, 10, 10]), 8, name="a")), 8, name="b"))
+    pooled = g.GlobalAveragePool(x)
+    size = g.node("Constant", value=onnx.numpy_helper.from_array(np.array([0, -1]), "size"))
+    given = onnx.helper.make_tensor_value_info("given", onnx.TensorProto.FLOAT, None)
+    body = onnx.helper.make_graph([onnx.helper.make_node("Identity", [pooled], ["given"])], "as it is", [], [given])
+    other = onnx.helper.make_graph([onnx.helper.make_node("Neg", [pooled], ["given"])], "other", [], [given])
+    positive = g.Greater(g.ReduceMax(pooled, keepdims=0), g.const(np.float32(0.0)))
+    chosen = g.If(positive, then_branch=body, else_branch=other)
+    model = g.model(g.gemm(g.Reshape(chosen, size), 4, name="head"))
+    data = np.random.default_rng(0).standard_normal((40, 3, 10, 10)).astype(np.float32)
+    one, two = (
+        prune(model, data=data, threads=1, speedup=1.5, quick=True, dask=address)
+        for address in (None, cluster.scheduler_address)
     )
     assert one.plan == two.plan
 
