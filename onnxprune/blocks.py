@@ -232,24 +232,27 @@ class BlockData:
 
     Attributes:
         held: the tensors that the block reads, as the pruned network gives them.
-        wanted: per outer layer, the output that is wanted.
-        offset: per outer layer, what is added behind it.
+        least: per outer layer, the least output that is as good as the wanted one.
+        most: per outer layer, the largest; the same where nothing behind cuts off.
         valid: per outer layer, where its output counts: not where a window's edge cuts off what it reads.
+        energy: per outer layer, of the wanted output about its mean, where it counts.
     """
 
     held: Mapping[str, np.ndarray]
-    wanted: tuple[np.ndarray, ...]
-    offset: tuple[np.ndarray, ...]
+    least: tuple[np.ndarray, ...]
+    most: tuple[np.ndarray, ...]
     valid: tuple[np.ndarray, ...]
+    energy: tuple[float, ...]
 
     def __len__(self) -> int:
-        return len(self.wanted[0])
+        return len(self.least[0])
 
     def take(self, samples: np.ndarray) -> BlockData:
         """Some of the samples."""
         return BlockData(
             {k: v[samples] for k, v in self.held.items()},
-            tuple(w[samples] for w in self.wanted),
-            tuple(o[samples] for o in self.offset),
-            tuple(v[samples] for v in self.valid),
+            tuple(a[samples] for a in self.least),
+            tuple(a[samples] for a in self.most),
+            tuple(a[samples] for a in self.valid),
+            self.energy,
         )

@@ -100,7 +100,7 @@ def _is_fixed(analysis: Analysis, reader: Reader) -> bool:
 FEW = 1000  # samples
 
 Fitter = Callable[[Reader, list[list[Statistics]], Samples | None], Arrays]
-BlockFitter = Callable[[Network, BlockData, Sequence[Behind], Arrays], Arrays]
+BlockFitter = Callable[[Network, BlockData, Arrays], Arrays]
 Recall = Callable[[Reader | Block], Arrays | None]
 
 
@@ -197,7 +197,7 @@ class Sweep:
                     taken, changed = taking.pop(id(block)), done[id(block)]
                     if changed is None:
                         net = Network(self._wide, replace(self.runtime, as_float32=False), block)
-                        changed = fit_block(net, taken.data(), taken.behind, self.arrays)
+                        changed = fit_block(net, taken.data(), self.arrays)
                     self.arrays |= changed
                     if changed:
                         self._again(block, here, pruned, shelf)

@@ -58,7 +58,7 @@ def compact(net: Network, parts: Sequence[Part], data: BlockData) -> Compact | N
         if not between[each.start : each.start + each.channels].any():
             between[each.start] = True  # a layer of no outputs is none
     outs = [np.flatnonzero(between[i.start : i.start + i.channels]) for i in block.inner]
-    rank = data.wanted[0].ndim  # as of all tensors of the block
+    rank = data.least[0].ndim  # as of all tensors of the block
     cuts: dict[str, Cut | None] = {}
 
     def cut(name: str, axis: int, left: np.ndarray) -> None:

@@ -34,5 +34,5 @@ class Effort:
         return min(max(wanted, self.fewest), self.most, samples // 2)
 
 
-THOROUGH = Effort(5000, 1, (0.85, 0.7, 0.55, 0.4, 0.25, 0.1), 2.0, 64, 256, True)
-QUICK = Effort(1000, 4, (0.75, 0.5, 0.25), 1.0, 32, 64, False)
+THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.25, 0.1), 2.0, 64, 256, True)
+QUICK = Effort(1000, 4, (0.7, 0.4, 0.1), 1.0, 32, 64, False)

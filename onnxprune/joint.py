@@ -27,7 +27,6 @@ from onnxprune.blocks import Block, BlockData
 from onnxprune.graph import Graph
 from onnxprune.layers import Layer
 from onnxprune.readers import matrices_of
-from onnxprune.reconstruct import Saturation
 from onnxprune.runtime import Runtime
 from onnxprune.segments import Piece, Segments
 from onnxprune.unfold import Unfolding, from_matrices, out_positions
@@ -236,22 +235,15 @@ class _State:
     loss: float
 
 
-def _look(
-    net: Network, weights: Vector, data: BlockData, saturations: Sequence[Saturation | None], scales: Sequence[float]
-) -> _State:
+def _look(net: Network, weights: Vector, data: BlockData, scales: Sequence[float]) -> _State:
     before, between, outputs = net.run(data, weights)
     missing, live, loss = [], [], 0.0
-    parts = zip(net.block.outer, outputs, data.wanted, data.offset, data.valid, saturations, scales, strict=True)
-    for reader, y, wanted, offset, valid, saturation, scale in parts:
-        axis = reader.layer.channel_axis
-        now, goal, beside, alive = (np.moveaxis(v, axis, -1) for v in (y, wanted, offset, valid))
-        if saturation is not None:
-            alive = alive & saturation.open(goal, beside, now)
-            goal = saturation.target(goal, beside, now)
-        gap = (goal - now) * alive
+    for y, least, most, valid, scale in zip(outputs, data.least, data.most, data.valid, scales, strict=True):
+        gap = (np.clip(y, least, most) - y) * valid
         loss += scale * float(np.square(gap, dtype=np.float64).sum())
-        missing.append(np.ascontiguousarray(np.moveaxis(gap, -1, axis)))
-        live.append(np.moveaxis(np.broadcast_to(alive, now.shape), -1, axis).astype(y.dtype))
+        missing.append(gap)
+        # a small change matters unless the limiter behind hides it
+        live.append((valid & ((least == most) | (y < least) | (y > most))).astype(y.dtype))
     return _State(weights, before, between, missing, live, loss)
 
 
@@ -280,9 +272,9 @@ class _Linear:
         self.inner = len(net.block.inner)
         self.taken = net.taken(state.between.joined)
         self.slopes = [net.slope(k, y, data, state.weights) for k, y in enumerate(state.before)]
-        shapes = [y.shape for y in (*state.before, *data.wanted)]
+        shapes = [y.shape for y in (*state.before, *data.least)]
         self.positions = [out_positions(p.layer, s) for p, s in zip(parts, shapes, strict=True)]
-        outer = zip(parts[self.inner :], data.wanted, strict=True)
+        outer = zip(parts[self.inner :], data.least, strict=True)
         self.rows = [*read, *(_unfolded(part, state.between.read, y.shape) for part, y in outer)]
         self.factors = [self._factors(k) for k in range(len(parts))]
 
@@ -366,9 +358,7 @@ class _Linear:
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what is no number never counts as better
-def fit_block(
-    net: Network, parts: Sequence[Part], data: BlockData, held_out: BlockData, saturations: Sequence[Saturation | None]
-) -> Vector | None:
+def fit_block(net: Network, parts: Sequence[Part], data: BlockData, held_out: BlockData) -> Vector | None:
     """Better weights for all layers of a block; None where none were found.
 
     Args:
@@ -376,14 +366,11 @@ def fit_block(
         parts: its layers, the inner ones first.
         data: samples to fit to.
         held_out: samples to judge by: a change that does not help there is not made.
-        saturations: per outer layer, the limiter behind it.
     """
-    counted = zip(data.wanted, data.valid, strict=True)
-    energy = [float(np.square((w - w.mean()) * v, dtype=np.float64).sum()) for w, v in counted]
-    scales = [1.0 / max(e, float(np.finfo(np.float32).tiny)) for e in energy]
+    scales = [1.0 / max(e, float(np.finfo(np.float32).tiny)) for e in data.energy]
     weights = [p.weights for p in parts]
-    state = _look(net, weights, data, saturations, scales)
-    judged = _look(net, weights, held_out, saturations, scales).loss
+    state = _look(net, weights, data, scales)
+    judged = _look(net, weights, held_out, scales).loss
     first = judged
     read = _read(net, parts, data, state)
     for _ in range(ROUNDS):
@@ -394,10 +381,10 @@ def fit_block(
         except np.linalg.LinAlgError:  # activations so large that their squares are no numbers
             break
         # few steps keep the change small where samples are few: how many is for the other samples to say
-        seen = [_look(net, _sum(state.weights, change), held_out, saturations, scales).loss for change in path]
+        seen = [_look(net, _sum(state.weights, change), held_out, scales).loss for change in path]
         if not seen or not min(seen) < judged:
             break
-        after = _look(net, _sum(state.weights, path[int(np.argmin(seen))]), data, saturations, scales)
+        after = _look(net, _sum(state.weights, path[int(np.argmin(seen))]), data, scales)
         if not after.loss < state.loss:
             break
         state, judged = after, min(seen)

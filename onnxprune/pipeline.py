@@ -29,7 +29,7 @@ from onnxprune.memory import Room, text
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers, matrices_of
-from onnxprune.reconstruct import Fit, Saturation, fit, refine, solve
+from onnxprune.reconstruct import Fit, fit, refine, solve
 from onnxprune.runtime import Runtime
 from onnxprune.select import Problem, Ranking
 from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights
@@ -37,7 +37,7 @@ from onnxprune.sensitivity import Variants, measure
 from onnxprune.shelf import Shelf
 from onnxprune.statistics import Statistics
 from onnxprune.steps import Steps
-from onnxprune.surroundings import Behind, Samples
+from onnxprune.surroundings import Samples
 from onnxprune.targets import Limit
 
 _JUDGING = 5  # of so many samples of a block one is held out
@@ -264,7 +264,7 @@ class Chooser:
             fits = [fit(part, left, weights) for part, weights in zip(folds, reader.weights, strict=True)]
             if samples is not None:
                 samples.narrow(left)
-                fits = [refine(fits[0], samples, samples.saturation, left, reader.weights[0])]
+                fits = [refine(fits[0], samples, samples.energy, left, reader.weights[0])]
             return self._fitted(reader, fits, silent)
 
         if not answers.are_known:  # after a run that was stopped, on a cluster, or with more samples than are fitted to
@@ -350,7 +350,7 @@ class Chooser:
         """Whether the model's types can hold the values."""
         return all(np.isfinite(cast(a, self.analysis.graph.array(n).dtype)).all() for n, a in arrays.items())
 
-    def _fit_block(self, net: Network, data: BlockData, behind: Sequence[Behind], arrays: Arrays) -> Arrays:
+    def _fit_block(self, net: Network, data: BlockData, arrays: Arrays) -> Arrays:
         """Fit a block's layers together; nothing where that does not help on samples held out."""
         judging = np.arange(len(data)) % _JUDGING == 0
         if judging.all():
@@ -360,13 +360,12 @@ class Chooser:
             Part(layer, unfolding, current(self.analysis.graph, layer, arrays), self._free(layer))
             for layer, unfolding in readers
         ]
-        saturations = [Saturation(b.scale.astype(np.float32), *b.limits) if b.limits else None for b in behind]
         small = compact(net, parts, data)
         if small is None:
-            found = fit_block(net, parts, data.take(~judging), data.take(judging), saturations)
+            found = fit_block(net, parts, data.take(~judging), data.take(judging))
         else:
             cut = small.data
-            found = fit_block(small.net, small.parts, cut.take(~judging), cut.take(judging), saturations)
+            found = fit_block(small.net, small.parts, cut.take(~judging), cut.take(judging))
             found = None if found is None else small.whole(parts, found)
         if found is None:
             return {}

@@ -8,13 +8,15 @@ towards zero means that few samples can do little harm; ``r`` is chosen on sampl
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from onnxprune.statistics import Statistics
+from onnxprune.statistics import Gram, Statistics
 
 _REFINEMENTS = 8
 _RELAXATION = 1.5  # steps of majorisation are short; over-relaxation below 2 keeps them descending
@@ -39,28 +41,27 @@ def solve(statistics: Statistics, kept: np.ndarray, prior: np.ndarray, ridge: fl
         prior: (p, o) the weights to shrink towards, and what is left where no ridge helps.
         ridge: relative to the mean of the Gram matrix' diagonal.
     """
+    found = np.zeros_like(prior, dtype=np.float64)
+    found[kept] = _solve(statistics.of(kept), kept == len(prior) - 1, prior[kept], ridge)
+    return found
+
+
+def _solve(statistics: Statistics, bias: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:
+    """The same of the kept columns alone; which of them is the bias."""
+    diagonal = np.diag(statistics.gram)
     while True:
+        penalty = np.full(len(prior), ridge * max(float(diagonal.mean()), np.finfo(float).tiny))
+        penalty[bias] = 1e-9 * diagonal[bias]
+        gram = statistics.gram.copy()
+        gram[np.diag_indices_from(gram)] += penalty
+        right = statistics.cross + penalty[:, None] * prior
         try:
-            return _solve(statistics, kept, prior, ridge)
+            found: np.ndarray = cho_solve(cho_factor(gram, lower=True, overwrite_a=True, check_finite=False), right)
+            return found
         except np.linalg.LinAlgError:
             if ridge > 1e3:
-                sliced = np.zeros_like(prior, dtype=np.float64)
-                sliced[kept] = prior[kept]
-                return sliced
+                return prior.astype(np.float64)
             ridge = max(10.0 * ridge, 1e-12)
-
-
-def _solve(statistics: Statistics, kept: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:
-    gram = statistics.gram[np.ix_(kept, kept)].copy()
-    diagonal = np.diag(gram)
-    penalty = np.full(len(kept), ridge * max(float(diagonal.mean()), np.finfo(float).tiny))
-    bias = kept == len(statistics.gram) - 1
-    penalty[bias] = 1e-9 * diagonal[bias]
-    gram[np.diag_indices_from(gram)] += penalty
-    right = statistics.cross[kept] + penalty[:, None] * prior[kept]
-    weights = np.zeros_like(prior, dtype=np.float64)
-    weights[kept] = cho_solve(cho_factor(gram, lower=True, overwrite_a=True, check_finite=False), right)
-    return weights
 
 
 def fit(folds: Sequence[Statistics], kept: np.ndarray, prior: np.ndarray, ridges: Sequence[float] = RIDGES) -> Fit:
@@ -72,26 +73,26 @@ def fit(folds: Sequence[Statistics], kept: np.ndarray, prior: np.ndarray, ridges
         prior: (p, o) the weights as they are; without a fit, those of the kept columns would be used.
         ridges: to choose from.
     """
-    total = folds[0]
-    for other in folds[1:]:
-        total = total + other
+    parts = [f.of(kept) for f in folds]
+    total = functools.reduce(operator.add, parts)
+    sliced, bias = prior[kept].astype(np.float64), kept == len(prior) - 1
     best, score = ridges[-1], np.inf
-    if len(folds) > 1 and all(f.rows for f in folds):
+    if len(parts) > 1 and all(f.rows for f in parts):
         for ridge in ridges:
             seen = 0.0
-            for k, held in enumerate(folds):
-                rest = [f for j, f in enumerate(folds) if j != k]
-                seen += held.error(solve(rest[0], kept, prior, ridge))
+            for k, held in enumerate(parts):
+                rest = [f for j, f in enumerate(parts) if j != k]
+                seen += held.error(_solve(rest[0], bias, sliced, ridge))
             if not seen < score:  # held-out error falls and then rises with the ridge
                 break
             best, score = ridge, seen
-    weights = solve(total, kept, prior, best)
-    sliced = np.zeros_like(prior, dtype=np.float64)
-    sliced[kept] = prior[kept]
-    if total.error(sliced) < total.error(weights):  # never worse than leaving them alone
-        weights = sliced
-    energy = max(float(total.energy.sum()), np.finfo(float).tiny)
-    return Fit(weights, best, total.error(weights) / energy)
+    weights = _solve(total, bias, sliced, best)
+    error, unfitted = total.error(weights), total.error(sliced)
+    if unfitted < error:  # never worse than leaving them alone
+        weights, error = sliced, unfitted
+    whole = np.zeros_like(prior, dtype=np.float64)
+    whole[kept] = weights
+    return Fit(whole, best, error / max(float(total.energy.sum()), np.finfo(float).tiny))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,51 +109,47 @@ class Saturation:
     low: float
     high: float
 
-    def target(self, wanted: np.ndarray, offset: np.ndarray, now: np.ndarray) -> np.ndarray:
-        """The nearest output to ``now`` that the limiter makes as good as ``wanted``; all (rows, o)."""
-        after, goal = self.scale * now + offset, self.scale * wanted + offset
-        limited = np.where(goal <= self.low, np.minimum(after, self.low), goal)
-        if np.isfinite(self.high):
-            limited = np.where(goal >= self.high, np.maximum(after, self.high), limited)
+    def interval(self, wanted: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """From where to where an output is as good as ``wanted``, behind the limiter; all (rows, o).
+
+        Where the original is not cut off, that is ``wanted`` alone.
+        """
+        goal = self.scale * wanted + offset
         alive = np.abs(self.scale) > 1e-3 * np.abs(self.scale).max()
         safe = np.where(alive, self.scale, 1.0)
-        result: np.ndarray = np.where(alive & (limited != goal), (limited - offset) / safe, wanted)
-        return result
-
-    def open(self, wanted: np.ndarray, offset: np.ndarray, now: np.ndarray) -> np.ndarray:
-        """Where a small change of ``now`` changes what is missing: not where both are cut off alike."""
-        after, goal = self.scale * now + offset, self.scale * wanted + offset
-        shut = (goal <= self.low) & (after <= self.low)
-        if np.isfinite(self.high):
-            shut |= (goal >= self.high) & (after >= self.high)
-        result: np.ndarray = ~shut
-        return result
+        least, most = wanted.copy(), wanted.copy()
+        for limit, shut, turned in ((self.low, goal <= self.low, False), (self.high, goal >= self.high, True)):
+            if np.isfinite(limit):
+                upwards = (self.scale < 0) != turned  # which outputs are cut off: all above the bound, or all below
+                bound = ((limit - offset) / safe).astype(wanted.dtype)
+                least = np.where(shut, np.where(upwards & alive, bound, -np.inf), least)
+                most = np.where(shut, np.where(~upwards & alive, bound, np.inf), most)
+        return least.astype(wanted.dtype, copy=False), most.astype(wanted.dtype, copy=False)
 
 
 Chunk = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def refine(start: Fit, parts: Iterable[Chunk], saturation: Saturation, kept: np.ndarray, prior: np.ndarray) -> Fit:
+def refine(start: Fit, parts: Iterable[Chunk], energy: float, kept: np.ndarray, prior: np.ndarray) -> Fit:
     """Fit what comes out of the limiter behind the layer, rather than what goes in.
 
     Where the original is cut off, any output beyond the limit is as good. The squared error over such one-sided targets
-    is convex; it is brought down by majorisation: set the target of every cut-off entry to the nearest good value,
-    solve, repeat. Each step is one least-squares solution with the same matrix (in the spirit of the asymmetric
-    nonlinear reconstruction of Zhang et al. 2015, *Accelerating Very Deep Convolutional Networks*).
+    is convex; it is brought down by majorisation: set the target of every entry to the nearest good value, solve,
+    repeat. Each step is one least-squares solution with the same matrix (in the spirit of the asymmetric nonlinear
+    reconstruction of Zhang et al. 2015, *Accelerating Very Deep Convolutional Networks*).
 
     Args:
         start: the linear fit.
         parts: what is gone through at every step, a part of the rows at a time: (rows, kept) unfolded input, (rows, o)
-            target of the layer's output, (rows, o) what is added behind it.
-        saturation: the limiter.
+            the least and (rows, o) the largest output that is as good as the original's.
+        energy: of the original's output on these rows.
         kept: indices of the kept columns.
         prior: (p, o) the weights to shrink towards, as in `fit`.
     """
-    gram, energy = np.zeros((len(kept), len(kept))), 0.0
-    for rows, wanted, _ in parts:
-        gram += rows.T @ rows
-        energy += float(np.square(wanted, dtype=np.float64).sum())
-    energy = max(energy, np.finfo(float).tiny)
+    sums = Gram(len(kept))
+    for rows, _, _ in parts:
+        sums.add(rows)
+    gram, energy = sums.value, max(energy, np.finfo(float).tiny)
     bias = kept == len(prior) - 1
     ridge = np.full(len(kept), max(start.ridge, RIDGES[0]) * max(float(np.diag(gram).mean()), np.finfo(float).tiny))
     ridge[bias] = 1e-9 * np.diag(gram)[bias]
@@ -164,10 +161,12 @@ def refine(start: Fit, parts: Iterable[Chunk], saturation: Saturation, kept: np.
     weights, losses = start.weights[kept], []
     for step in range(_REFINEMENTS + 1):
         loss, right = 0.0, ridge[:, None] * prior[kept]
-        for rows, wanted, offset in parts:
-            now = rows @ weights.astype(rows.dtype)
-            goal = saturation.target(wanted, offset, now)
-            loss += float(np.square(goal - now, dtype=np.float64).sum())
+        for rows, least, most in parts:
+            goal = rows @ weights.astype(rows.dtype)
+            now = goal.copy()
+            np.clip(now, least, most, out=goal)
+            now -= goal
+            loss += float(np.einsum("ro,ro->", now, now, dtype=np.float64))
             if step < _REFINEMENTS:
                 right += rows.T @ goal
         losses.append(loss)

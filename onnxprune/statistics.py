@@ -2,8 +2,8 @@
 
 For one reader, with ``X`` its unfolded input (rows: sampled output positions; columns: channels x kernel taps, then one
 column of ones) and ``Y`` its target, kept are ``H = X'X``, ``B = X'Y`` and ``|Y|^2``. They add up over batches, so
-memory does not grow with the number of samples. Products are formed and first summed in the data's precision, some
-thousand rows at a time, and then in float64.
+memory does not grow with the number of samples. Products of some hundred to thousand rows are formed in the data's
+precision and summed in float64.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg.blas import dsyrk, ssyrk
 
-_TOGETHER = 4096  # rows that are summed in the data's precision
+_TOGETHER = 256, 4096  # rows to be waited for, at least and at most: as many as there are columns
 FOLDS = 2  # statistics are kept in two halves, so that a regularisation can be judged on samples it has not seen
 
 
@@ -31,6 +31,10 @@ class Statistics:
             self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.rows + other.rows
         )
 
+    def of(self, columns: np.ndarray) -> Statistics:
+        """Of some of the columns alone."""
+        return Statistics(self.gram[np.ix_(columns, columns)], self.cross[columns], self.energy, self.rows)
+
     def error(self, weights: np.ndarray) -> float:
         """Squared error |Y - XW|^2 of weights (p, o), summed over the outputs."""
         fit = np.einsum("po,po->", weights, self.gram @ weights) - 2.0 * np.einsum("po,po->", weights, self.cross)
@@ -43,40 +47,50 @@ class Statistics:
         return Statistics(gram, cross, np.einsum("po,po->o", weights, cross), rows)
 
 
+class Together:
+    """Rows that come in parts, handed on as many together: of a few rows a product takes as long as of many.
+
+    Args:
+        columns: of what is to be made of them.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self._enough = int(np.clip(columns, *_TOGETHER))
+        self._parts: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, *part: np.ndarray) -> tuple[np.ndarray, ...] | None:
+        """Add arrays with as many rows each; gives all that waited, once they are enough."""
+        self._parts.append(part)
+        return self.take() if sum(len(arrays[0]) for arrays in self._parts) >= self._enough else None
+
+    def take(self) -> tuple[np.ndarray, ...] | None:
+        """All that waited; None if nothing did."""
+        parts, self._parts = self._parts, []
+        return tuple(a[0] if len(a) == 1 else np.concatenate(a) for a in zip(*parts, strict=True)) or None
+
+
 class Gram:
     """``X'X`` of rows that come in parts."""
 
     def __init__(self, columns: int) -> None:
         self._total = np.zeros((columns, columns), order="F")
-        self._recent: np.ndarray | None = None
-        self._rows = 0
+        self._waiting = Together(columns)
 
     def add(self, x: np.ndarray) -> None:
         """Add rows (rows, p)."""
-        if not len(x):
-            return
-        if not x.flags.f_contiguous:
-            x = np.ascontiguousarray(x)
-        if self._recent is None:
-            self._recent = np.zeros(self._total.shape, x.dtype, order="F")
-        kernel = ssyrk if x.dtype == np.float32 else dsyrk
-        # one triangle, added to in place; BLAS takes the transpose of what C calls rows
-        given, transposed = (x, 1) if x.flags.f_contiguous else (x.T, 0)
-        self._recent = kernel(1.0, given, 1.0, self._recent, trans=transposed, lower=1, overwrite_c=1)
-        self._rows += len(x)
-        if self._rows >= _TOGETHER:
-            self._settle()
+        self._sum(self._waiting.add(x))
 
-    def _settle(self) -> None:
-        if self._recent is not None:
-            self._total += self._recent
-            self._recent[:] = 0
-            self._rows = 0
+    def _sum(self, found: tuple[np.ndarray, ...] | None) -> None:
+        if found:
+            x = found[0] if found[0].flags.f_contiguous else np.ascontiguousarray(found[0])
+            # one triangle; BLAS takes the transpose of what C calls rows
+            given, transposed = (x, 1) if x.flags.f_contiguous else (x.T, 0)
+            self._total += (ssyrk if x.dtype == np.float32 else dsyrk)(1.0, given, trans=transposed, lower=1)
 
     @property
     def value(self) -> np.ndarray:
         """The whole matrix (p, p), in float64."""
-        self._settle()
+        self._sum(self._waiting.take())
         lower = np.tril(self._total)
         found: np.ndarray = lower + np.tril(lower, -1).T
         return found
@@ -91,17 +105,23 @@ class Sums:
     """
 
     def __init__(self, columns: int, outputs: int) -> None:
-        self._gram, self._rows = Gram(columns), 0
+        self._gram, self._rows, self._waiting = Gram(columns), 0, Together(columns)
         self._cross, self._energy = np.zeros((columns, outputs)), np.zeros(outputs)
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         """Add a batch: ``x`` (rows, p), ``y`` (rows, o)."""
-        self._gram.add(x)
-        self._cross += x.T @ y
-        self._energy += np.einsum("ro,ro->o", y, y, dtype=np.float64)
-        self._rows += len(x)
+        self._sum(self._waiting.add(x, y))
+
+    def _sum(self, found: tuple[np.ndarray, ...] | None) -> None:
+        if found:
+            x, y = found
+            self._gram.add(x)
+            self._cross += x.T @ y
+            self._energy += np.einsum("ro,ro->o", y, y, dtype=np.float64)
+            self._rows += len(x)
 
     @property
     def statistics(self) -> Statistics:
         """Of what came so far."""
+        self._sum(self._waiting.take())
         return Statistics(self._gram.value, self._cross.copy(), self._energy.copy(), self._rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,7 @@ from onnxprune.calibrate import Arrays, BlockFitter, Fitter
 from onnxprune.joint import Network
 from onnxprune.readers import Reader
 from onnxprune.statistics import Statistics
-from onnxprune.surroundings import Behind, Samples
+from onnxprune.surroundings import Samples
 
 if TYPE_CHECKING:
     from onnxprune.pipeline import Chooser
@@ -57,8 +57,8 @@ class Steps:
     def block(self, fit: BlockFitter) -> BlockFitter:
         """The same of a block."""
 
-        def noted(net: Network, data: BlockData, behind: Sequence[Behind], arrays: Arrays) -> Arrays:
-            found = fit(net, data, behind, arrays)
+        def noted(net: Network, data: BlockData, arrays: Arrays) -> Arrays:
+            found = fit(net, data, arrays)
             self.chooser.journal.put(self._name(net.block), {}, found.items())
             return found
 

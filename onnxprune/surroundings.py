@@ -12,6 +12,7 @@ from onnxprune.graph import Graph, Node
 from onnxprune.readers import Reader
 from onnxprune.reconstruct import Saturation
 from onnxprune.shelf import Shelf, Shelved
+from onnxprune.statistics import Together
 
 _SAMPLE_BYTES = 256 << 20  # that rows kept for one reader may take, in memory or in files
 
@@ -31,6 +32,11 @@ class Behind:
     shift: np.ndarray
     residual: str = ""
     limits: tuple[float, float] | None = None
+
+    @property
+    def saturation(self) -> Saturation | None:
+        """What makes different outputs of the reader as good as one another."""
+        return Saturation(self.scale.astype(np.float32), *self.limits) if self.limits else None
 
     def before_scale(self, gap: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """A difference behind the scale as one of the reader's output; dead outputs get 0.
@@ -111,7 +117,9 @@ class Samples:
         count: samples that will come.
         width: bytes of a row with all that belongs to it.
         shelf: where the rows are kept.
-        parts: per batch and fold, the (n, p) rows, and (n, o) what is wanted there and what is added behind it.
+        waiting: rows that are not yet enough for a part.
+        parts: the (n, p) rows, and the (n, o) least and largest outputs that are as good as the original's.
+        energy: of the original's outputs there.
     """
 
     saturation: Saturation
@@ -119,17 +127,19 @@ class Samples:
     count: int
     width: int
     shelf: Shelf
+    waiting: Together
     parts: list[Shelved] = field(default_factory=list)
     together: int = 0
+    energy: float = 0.0
 
     @staticmethod
     def of(behind: Behind, reader: Reader, count: int, shelf: Shelf) -> Samples | None:
         """Room for a reader's rows; None where no limiter follows."""
-        if behind.limits is None or len(reader.weights) != 1:
+        saturation = behind.saturation
+        if saturation is None or len(reader.weights) != 1:
             return None
         width = 4 * (reader.width + 2 * len(behind.scale))
-        saturation = Saturation(behind.scale.astype(np.float32), *behind.limits)
-        return Samples(saturation, behind.shift.astype(np.float32), count, width, shelf)
+        return Samples(saturation, behind.shift.astype(np.float32), count, width, shelf, Together(reader.width))
 
     def add(
         self, numbers: np.ndarray, each: int, rows: np.ndarray, wanted: np.ndarray, shortcut: np.ndarray | None
@@ -149,17 +159,23 @@ class Samples:
         chosen = numbers % step == 0
         self.together = self.count * each * self.width // step
         offset = np.broadcast_to(self.shift, wanted.shape) if shortcut is None else shortcut + self.shift
-        found = {"rows": rows[chosen], "wanted": wanted[chosen], "offset": offset[chosen]}
-        self.parts.append(self.shelf.put(found, self.together))
+        self.energy += float(np.square(wanted[chosen], dtype=np.float64).sum())
+        self._keep(self.waiting.add(rows[chosen], *self.saturation.interval(wanted[chosen], offset[chosen])))
+
+    def _keep(self, found: tuple[np.ndarray, ...] | None) -> None:
+        if found:
+            tensors = dict(zip(("rows", "least", "most"), found, strict=True))
+            self.parts.append(self.shelf.put(tensors, self.together))
 
     def narrow(self, columns: np.ndarray) -> None:
-        """Keep these columns of the rows only."""
+        """Keep these columns of the rows only, of all that were added."""
+        self._keep(self.waiting.take())
         for k, part in enumerate(self.parts):
             rows = self.shelf.get(part)["rows"]
             self.parts[k] = {**part, **self.shelf.put({"rows": rows[:, columns]}, self.together)}
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """The rows, what is wanted, and what is added, part by part."""
+        """The rows, and between what their outputs should be, part by part."""
         for part in self.parts:
             tensors = self.shelf.get(part)
-            yield tensors["rows"], tensors["wanted"], tensors["offset"]
+            yield tensors["rows"], tensors["least"], tensors["most"]

@@ -24,18 +24,17 @@ class Taking:
 
     def __init__(self, view: View) -> None:
         self.view, self.block = view, view.block
-        self.behind: list[Behind] = []
         self.held: dict[str, list[np.ndarray]] = {name: [] for name in view.block.held}
         self.wanted: list[list[np.ndarray]] = []
-        self.offset: list[list[np.ndarray]] = []
+        self.bounds: list[list[tuple[np.ndarray, np.ndarray]]] = []
         self.valid: list[list[np.ndarray]] = []
 
     def add(self, batch: int, reader: Reader, behind: Behind, answer: Answer, pruned: Tensors) -> None:
         """One batch at one of the block's readers: what the original gives in the view, and all of the pruned one."""
         if batch == 0:
-            self.behind.append(behind)
-            for kept in (self.wanted, self.offset, self.valid):
-                kept.append([])
+            self.wanted.append([])
+            self.bounds.append([])
+            self.valid.append([])
         if not len(self.view.samples(batch, len(pruned[self.block.tensor]))):
             return
         if len(self.wanted) == 1:
@@ -49,14 +48,21 @@ class Taking:
             wanted = wanted + behind.before_scale(answer.residual - there, shape)
             offset = offset + there
         self.wanted[-1].append(wanted)
-        self.offset[-1].append(np.broadcast_to(offset, wanted.shape))
+        if behind.saturation is not None:
+            last = [np.moveaxis(a, self.block.axis, -1) for a in (wanted, np.broadcast_to(offset, wanted.shape))]
+            least, most = (np.moveaxis(a, -1, self.block.axis) for a in behind.saturation.interval(last[0], last[1]))
+            self.bounds[-1].append((least, most))
         held = {name: arrays[len(self.wanted[-1]) - 1] for name, arrays in self.held.items()}
         self.valid[-1].append(self.view.valid(batch, reader, wanted, held))
 
     def data(self) -> BlockData:
         """All of it."""
         held = {k: np.concatenate(v) for k, v in self.held.items()}
-        wanted, offset, valid = (
-            tuple(np.concatenate(a) for a in kept) for kept in (self.wanted, self.offset, self.valid)
-        )
-        return BlockData(held, wanted, offset, valid)
+        least, most, valid, energy = [], [], [], []
+        for wanted, bounds, counts in zip(self.wanted, self.bounds, self.valid, strict=True):
+            whole, there = np.concatenate(wanted), np.concatenate(counts)
+            valid.append(there)
+            energy.append(float(np.square((whole - whole.mean()) * there, dtype=np.float64).sum()))
+            least.append(np.concatenate([a for a, _ in bounds]) if bounds else whole)
+            most.append(np.concatenate([b for _, b in bounds]) if bounds else whole)
+        return BlockData(held, tuple(least), tuple(most), tuple(valid), tuple(energy))

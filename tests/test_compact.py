@@ -37,10 +37,10 @@ def made(case: Case, parts: list[Part]) -> Compact:
     return found
 
 
-def mapped(small: Compact, case: Case, parts: list[Part], saturations: list[None]) -> tuple[_Linear, _Linear]:
+def mapped(small: Compact, case: Case, parts: list[Part]) -> tuple[_Linear, _Linear]:
     scales = [1.0 + k for k in range(len(case.block.outer))]
-    whole = _look(case.net, [p.weights for p in parts], case.data, saturations, scales)
-    cut = _look(small.net, [p.weights for p in small.parts], small.data, saturations, scales)
+    whole = _look(case.net, [p.weights for p in parts], case.data, scales)
+    cut = _look(small.net, [p.weights for p in small.parts], small.data, scales)
     assert cut.loss == pytest.approx(whole.loss, rel=1e-5)
     return (
         _Linear(case.net, parts, case.data, scales, whole, _read(case.net, parts, case.data, whole)),
@@ -68,7 +68,7 @@ def test_the_small_map_is_the_whole_one_on_what_is_left(make: Callable[[Builder]
     case = Case(make, k)
     parts = silenced(case)
     small = made(case, parts)
-    whole, cut = mapped(small, case, parts, [None] * len(case.block.outer))
+    whole, cut = mapped(small, case, parts)
     # near a kink the slope depends on the step, and that on all channels
     cut.slopes = [np.take(s, c, axis=case.block.axis) for s, (_, c) in zip(whole.slopes, small.places, strict=False)]
     rng = np.random.default_rng(1)
@@ -86,9 +86,7 @@ def test_what_is_gone_stays_as_it_was() -> None:
     case = Case(plain, 1, 40)
     parts = silenced(case)
     small = made(case, parts)
-    found = fit_block(
-        small.net, small.parts, small.data.take(np.arange(30)), small.data.take(np.arange(30, 40)), [None]
-    )
+    found = fit_block(small.net, small.parts, small.data.take(np.arange(30)), small.data.take(np.arange(30, 40)))
     assert found is not None
     for part, new in zip(parts, small.whole(parts, found), strict=True):
         assert new.shape == part.weights.shape

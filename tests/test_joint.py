@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -192,15 +193,28 @@ class Case:
         layers = [(i.layer, i.unfolding) for i in self.block.inner] + [(r.layer, r.unfolding) for r in self.block.outer]
         self.parts = [Part(a, u, current(graph, a, {}), self.every(a)) for a, u in layers]
         held = {n: self.normal((samples, *(self.analysis.shapes.shape(n) or ())[1:])) for n in self.block.held}
-        empty = BlockData(held, (), (), ())
-        outputs = self.net.run(empty, self.weights)[2]
-        self.data = BlockData(
-            held,
-            tuple(y + 0.3 * self.normal(y.shape) for y in outputs),
-            tuple(0.1 * self.normal(y.shape) for y in outputs),
+        outputs = self.net.run(BlockData(held, (), (), (), ()), self.weights)[2]
+        self.held, self.offset = held, [0.1 * self.normal(y.shape) for y in outputs]
+        away = [y + 0.3 * self.normal(y.shape) for y in outputs]
+        self.data, self.limited = self.wanting(away), self.wanting(away, limited=True)
+        self.exact = self.wanting(outputs)
+        self.exact_behind = self.wanting(outputs, limited=True)
+
+    def wanting(self, outputs: Sequence[np.ndarray], *, limited: bool = False) -> BlockData:
+        """Samples with these targets, or with what is as good behind a Relu."""
+        bounds = [(y, y) for y in outputs]
+        for k, reader in enumerate(self.block.outer if limited else ()):
+            saturation = Saturation(reader.output_scale.astype(np.float32), 0.0, np.inf)
+            last = (np.moveaxis(a, reader.layer.channel_axis, -1) for a in (outputs[k], self.offset[k]))
+            least, most = (np.moveaxis(a, -1, reader.layer.channel_axis) for a in saturation.interval(*last))
+            bounds[k] = (least, most)
+        return BlockData(
+            self.held,
+            tuple(a for a, _ in bounds),
+            tuple(b for _, b in bounds),
             tuple(np.ones(y.shape, bool) for y in outputs),
+            tuple(float(np.square(y - y.mean()).sum()) for y in outputs),
         )
-        self.exact = BlockData(held, tuple(outputs), self.data.offset, self.data.valid)
 
     @property
     def weights(self) -> Vector:
@@ -217,20 +231,17 @@ class Case:
     def change(self, size: float = 1.0) -> Vector:
         return [size * self.rng.standard_normal(p.weights.shape) * p.free for p in self.parts]
 
-    def linear(self, saturations: list[Saturation | None]) -> _Linear:
+    def linear(self, data: BlockData) -> _Linear:
         scales = [1.0 + k for k in range(len(self.block.outer))]
-        state = _look(self.net, self.weights, self.data, saturations, scales)
-        return _Linear(self.net, self.parts, self.data, scales, state, _read(self.net, self.parts, self.data, state))
-
-    def saturations(self) -> list[Saturation | None]:
-        return [Saturation(r.output_scale.astype(np.float32), 0.0, np.inf) for r in self.block.outer]
+        state = _look(self.net, self.weights, data, scales)
+        return _Linear(self.net, self.parts, data, scales, state, _read(self.net, self.parts, data, state))
 
 
 @pytest.mark.parametrize(("make", "k"), CASES, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_backward_is_the_transpose_of_forward(make: Callable[[Builder], str], k: int) -> None:
     case = Case(make, k)
-    problem = case.linear(case.saturations())
-    change, outputs = case.change(), [case.normal(y.shape) for y in case.data.wanted]
+    problem = case.linear(case.limited)
+    change, outputs = case.change(), [case.normal(y.shape) for y in case.data.least]
     one = sum(
         s * float((a.astype(np.float64) * b).sum())
         for s, a, b in zip(problem.scales, problem.forward(change), outputs, strict=True)
@@ -242,7 +253,7 @@ def test_backward_is_the_transpose_of_forward(make: Callable[[Builder], str], k:
 @pytest.mark.parametrize(("make", "k"), CASES, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_forward_is_how_the_outputs_change(make: Callable[[Builder], str], k: int) -> None:
     case = Case(make, k)
-    problem = case.linear([None] * len(case.block.outer))
+    problem = case.linear(case.data)
     change, step = case.change(), 2e-4
     moved = [w + step * c for w, c in zip(case.weights, change, strict=True)]
     before, after = (case.net.run(case.data, w)[2] for w in (case.weights, moved))
@@ -303,7 +314,7 @@ def test_windows_give_what_the_whole_gives(make: Callable[[Builder], str], k: in
         view.settle(tensor, outputs[0])
         taken = Taking(view)
         for reader, y in zip(case.block.outer, outputs, strict=True):
-            behind = look_behind(case.analysis.graph, reader, set())
+            behind = replace(look_behind(case.analysis.graph, reader, set()), limits=None)
             for batch, part in enumerate((np.arange(4), np.arange(4, 8))):
                 answer = Answer(view.given(batch, reader, y[part]), None, ())
                 taken.add(batch, reader, behind, answer, {n: a[part] for n, a in before.items()})
@@ -312,7 +323,7 @@ def test_windows_give_what_the_whole_gives(make: Callable[[Builder], str], k: in
     whole = math.prod(tensor.shape) > math.prod(next(iter(data.held.values())).shape[:1]) and all(
         data.held[n].shape == before[n].shape for n in data.held
     )
-    for y, wanted, valid in zip(found, data.wanted, data.valid, strict=True):
+    for y, wanted, valid in zip(found, data.least, data.valid, strict=True):
         assert y.shape == wanted.shape
         gap = np.abs(y - wanted) * valid
         assert gap.max() < 1e-5
@@ -331,13 +342,11 @@ def test_a_fit_finds_its_way_back(make: Callable[[Builder], str], k: int) -> Non
     parts = [
         Part(p.layer, p.unfolding, p.weights + c, p.free) for p, c in zip(case.parts, case.change(0.05), strict=True)
     ]
-    seen, unseen = case.exact.take(np.arange(30)), case.exact.take(np.arange(30, 40))
-    found = fit_block(case.net, parts, seen, unseen, case.saturations())
+    seen, unseen = case.exact_behind.take(np.arange(30)), case.exact_behind.take(np.arange(30, 40))
+    found = fit_block(case.net, parts, seen, unseen)
     assert found is not None
     scales = [1.0] * len(case.block.outer)
-    before, after = (
-        _look(case.net, w, unseen, case.saturations(), scales).loss for w in ([p.weights for p in parts], found)
-    )
+    before, after = (_look(case.net, w, unseen, scales).loss for w in ([p.weights for p in parts], found))
     assert after < 0.5 * before
 
 
@@ -347,7 +356,7 @@ def test_what_is_not_free_stays() -> None:
         part.free[:, ::2] = False
     changed = zip(case.parts, case.change(0.05), strict=True)
     parts = [Part(p.layer, p.unfolding, p.weights + c, p.free) for p, c in changed]
-    found = fit_block(case.net, parts, case.exact.take(np.arange(30)), case.exact.take(np.arange(30, 40)), [None])
+    found = fit_block(case.net, parts, case.exact.take(np.arange(30)), case.exact.take(np.arange(30, 40)))
     assert found is not None
     for part, new in zip(parts, found, strict=True):
         assert (new[~part.free] == part.weights[~part.free]).all()
@@ -360,17 +369,15 @@ def test_a_group_that_went_as_a_whole_is_left_alone() -> None:
         part.free[0] = False
     changed = zip(case.parts, case.change(0.05), strict=True)
     parts = [Part(p.layer, p.unfolding, p.weights + c, p.free) for p, c in changed]
-    found = fit_block(case.net, parts, case.exact.take(np.arange(30)), case.exact.take(np.arange(30, 40)), [None])
+    found = fit_block(case.net, parts, case.exact.take(np.arange(30)), case.exact.take(np.arange(30, 40)))
     assert found is not None
     assert all((new[0] == part.weights[0]).all() for part, new in zip(parts, found, strict=True))
 
 
 def test_nothing_is_changed_where_it_does_not_help_on_other_samples() -> None:
     case = Case(plain, 1, 40)
-    noise = BlockData(
-        case.data.held, tuple(case.normal(w.shape) for w in case.data.wanted), case.data.offset, case.data.valid
-    )
-    assert fit_block(case.net, case.parts, noise.take(np.arange(2)), case.exact.take(np.arange(10, 40)), [None]) is None
+    noise = case.wanting([case.normal(y.shape) for y in case.data.least])
+    assert fit_block(case.net, case.parts, noise.take(np.arange(2)), case.exact.take(np.arange(10, 40))) is None
 
 
 def test_columns_of_very_different_sizes_are_damped_more() -> None:
@@ -394,8 +401,8 @@ def test_nothing_is_changed_where_the_numbers_are_none(value: float) -> None:
     held = {name: array.copy() for name, array in case.exact.held.items()}
     for array in held.values():
         array[3] = value
-    broken = BlockData(held, case.exact.wanted, case.exact.offset, case.exact.valid)
-    assert fit_block(case.net, case.parts, broken.take(np.arange(30)), broken.take(np.arange(30, 40)), [None]) is None
+    broken = replace(case.exact, held=held)
+    assert fit_block(case.net, case.parts, broken.take(np.arange(30)), broken.take(np.arange(30, 40))) is None
 
 
 @pytest.mark.parametrize("make", [plain, tokens, grouped, upwards], ids=lambda make: make.__name__)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxprune.reconstruct import RIDGES, fit, solve
+from onnxprune.reconstruct import RIDGES, Saturation, fit, solve
 from onnxprune.statistics import Statistics, Sums
 
 COLUMNS, OUTPUTS = 8, 3  # the last column is the bias
@@ -186,6 +186,35 @@ def test_a_layer_without_a_bias_gets_none() -> None:
     kept = np.arange(COLUMNS - 1)[1:]
     found = fit(halves(x, x @ weights + 5.0), kept, weights)
     assert (found.weights[[0, -1]] == 0).all()
+
+
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([(0.0, np.inf), (0.0, 0.7), (-1.0, 0.5)]),
+    st.sampled_from([0.0, 1.0, -2.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_as_good_behind_a_limiter_comes_out_of_it_alike(
+    seed: int, limits: tuple[float, float], sign: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    scale = np.concatenate([np.abs(rng.standard_normal(OUTPUTS - 1)) + 0.1, [sign]])
+    wanted, offset, now = rng.standard_normal((3, 50, OUTPUTS))
+
+    def behind(z: np.ndarray) -> np.ndarray:
+        return np.clip(scale * z + offset, *limits)
+
+    least, most = Saturation(scale, *limits).interval(wanted, offset)
+    good = np.clip(now, least, most)
+    np.testing.assert_allclose(behind(good), behind(wanted), atol=1e-12)
+    # and nothing is nearer to what there is now than that
+    same = np.isclose(behind(now), behind(wanted), atol=1e-12) & (scale != 0)
+    np.testing.assert_allclose(good[same], now[same], atol=1e-9)
+    cut_off = (behind(wanted) == limits[0]) | (behind(wanted) == limits[1])
+    assert (least[~cut_off] == wanted[~cut_off]).all()
+    assert (most[~cut_off] == wanted[~cut_off]).all()
+    assert (least <= wanted + 1e-12).all()
+    assert (wanted <= most + 1e-12).all()
 
 
 def test_solve_takes_more_ridge_where_rounding_leaves_no_positive_matrix() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -147,6 +148,35 @@ def test_exact_duplicates_go_first_and_cost_nothing(seed: int) -> None:
     damping = DAMPING * np.square(samples.x).sum(axis=0).mean()
     assert ranking.errors[4] <= 2 * damping * lost
     assert ranking.errors[3] > 100 * ranking.errors[4]
+
+
+@pytest.mark.parametrize("names", [("one reader",), ("one reader", "one tap"), ("one output",)])
+def test_several_eliminations_at_once_are_those_made_one_by_one(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"one reader": (2, 3), "one tap": (1, 3), "one output": (1, 1)}
+    problems = [
+        Samples(k, units=40, taps=sizes[name][0], outputs=sizes[name][1], rows=400).problem
+        for k, name in enumerate(names)
+    ]
+    monkeypatch.setattr(sys.modules["onnxprune.select.greedy"], "_AT_ONCE", 4)
+    several = greedy(problems)
+    monkeypatch.setattr(sys.modules["onnxprune.select.greedy"], "_AT_ONCE", 1000)
+    alone = greedy(problems)
+    np.testing.assert_array_equal(several.sets[24:], alone.sets[24:])
+    np.testing.assert_allclose(several.errors[24:], alone.errors[24:], rtol=1e-9)
+
+
+def test_of_two_that_stand_in_for_one_another_one_stays_though_both_could_go_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules["onnxprune.select.greedy"], "_AT_ONCE", 4)
+    samples = Samples(3, units=16, rows=200)
+    for copied in range(8):
+        samples.x[:, samples.columns[copied + 8]] = samples.x[:, samples.columns[copied]]
+    samples.y = samples.x @ samples.weights
+    kept = greedy([samples.problem]).kept(8)
+    assert sorted(kept % 8) == list(range(8))
 
 
 def test_greedy_leaves_columns_alone_that_are_gone() -> None:

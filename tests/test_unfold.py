@@ -288,7 +288,7 @@ def test_batches_add_up(dtype: type, rtol: float) -> None:
 def test_a_gram_matrix_comes_from_rows_in_any_order(
     dtype: type, order: str, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnxprune.statistics._TOGETHER", together)
+    monkeypatch.setattr("onnxprune.statistics._TOGETHER", (together, together))
     x = np.random.default_rng(0).standard_normal((50, 7)).astype(dtype)
     gram = Gram(7)
     for a, b in ((0, 7), (7, 7), (7, 30), (30, 50)):

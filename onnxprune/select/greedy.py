@@ -7,20 +7,27 @@ OSSCAR (Meng et al. 2024). One sweep gives the error of the best weights for eve
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.linalg.blas import dgemm
+from scipy.linalg.lapack import dpotrf, dpotri
 
 from onnxprune.select.problem import Problem, Ranking, ordered
 
 DAMPING = 1e-4  # of the mean of the Gram matrix' diagonal
 _SHARE = 8  # one in so many columns may be gone before they are left out
+_AT_ONCE = 32  # of so many units that are left, one goes at a time; of a multiple as many more together
+_CANDIDATES = 4  # times as many units as go are looked at for what goes together
 
 
 def greedy(problems: list[Problem], floor: int = 0) -> Ranking:
     """Rank the units of a group by eliminating, one at a time, the one whose loss costs least.
 
     The cost of unit ``u`` is ``sum over readers of scale * tr(W_u' inv(inv(H)_uu) W_u)``: how much the squared error
-    grows when its columns go and all others are fitted again.
+    grows when its columns go and all others are fitted again. Where many units are left, several go before the costs
+    of all are worked out anew: they are chosen one at a time, with exact costs, from the cheapest few.
 
     Args:
         problems: one per reader of the group; all have the same units.
@@ -37,20 +44,36 @@ def greedy(problems: list[Problem], floor: int = 0) -> Ranking:
     gone: list[int] = []
     while len(gone) < units - floor:
         left = np.flatnonzero(alive)
-        costs = np.sum([s.costs(left) for s in states], axis=0)
-        pick = int(np.argmin(costs))
-        unit = int(left[pick])
+        picked = _cheapest(states, left, min(max(len(left) // _AT_ONCE, 1), len(left) - floor))
         for s in states:
-            s.remove(unit)
-        alive[unit] = False
-        gone.append(unit)
-        total += float(costs[pick])
-        errors[units - len(gone)] = total
+            s.remove(np.array([unit for unit, _ in picked]))
+        for unit, cost in picked:
+            alive[unit] = False
+            gone.append(unit)
+            total += cost
+            errors[units - len(gone)] = total
     if floor and alive.any():
         left = np.flatnonzero(alive)
         costs = np.sum([s.costs(left) for s in states], axis=0)
         gone.extend(int(u) for u in left[np.argsort(costs)])
     return ordered(np.array(gone[::-1], dtype=np.int64), errors)
+
+
+def _cheapest(states: Sequence[_Elimination], left: np.ndarray, count: int) -> list[tuple[int, float]]:
+    """The units to remove next, in order, and what each costs once those before it are gone."""
+    costs = np.sum([s.costs(left) for s in states], axis=0)
+    if count == 1:
+        pick = int(np.argmin(costs))
+        return [(int(left[pick]), float(costs[pick]))]
+    some = left[np.argsort(costs, kind="stable")[: _CANDIDATES * count]]
+    among = [s.among(some) for s in states]
+    picked: list[tuple[int, float]] = []
+    while len(picked) < count:
+        picked += _cheapest(among, some, 1)
+        some = some[some != picked[-1][0]]
+        for s in among:
+            s.remove(np.array([picked[-1][0]]))
+    return picked
 
 
 class _Elimination:
@@ -68,7 +91,7 @@ class _Elimination:
         gram[np.diag_indices_from(gram)] += ridge
         gram[dead, :], gram[:, dead], cross[dead] = 0.0, 0.0, 0.0
         gram[dead, dead] = 1.0
-        self.inverse = np.linalg.inv(gram)
+        self.inverse = _inverse(gram)
         self.weights = self.inverse @ cross
         self.error = self.scale * problem.statistics.error(self.weights)
         self.place = np.arange(len(gram))  # where a column stands in the matrices
@@ -85,9 +108,19 @@ class _Elimination:
         growth: np.ndarray = np.einsum("ubo,ubo->u", weights, solved)
         return self.scale * growth
 
-    def remove(self, unit: int) -> None:
-        """Take a unit's columns out, all others fitted again."""
-        columns = self.place[self.columns[unit]]
+    def among(self, units: np.ndarray) -> _Elimination:
+        """The same problem as far as it concerns some units: what the others cost is not kept up."""
+        part = copy.copy(self)
+        columns = self.place[self.columns[units]].ravel()
+        part.place = np.zeros_like(self.place)
+        part.place[self.columns[units].ravel()] = np.arange(len(columns))
+        part.inverse, part.weights = self.inverse[np.ix_(columns, columns)], self.weights[columns]
+        part.gone = np.zeros(len(columns), bool)
+        return part
+
+    def remove(self, units: np.ndarray) -> None:
+        """Take the columns of some units out, all others fitted again."""
+        columns = self.place[self.columns[units]].ravel()
         rows = self.inverse[columns]  # (b, p)
         gain = np.linalg.solve(rows[:, columns], rows)
         self.weights -= gain.T @ self.weights[columns]
@@ -109,3 +142,13 @@ class _Elimination:
         self.place = back[self.place]  # of columns that are gone nobody asks again
         self.inverse, self.weights = self.inverse[np.ix_(stays, stays)], self.weights[stays]
         self.gone = np.zeros(len(stays), bool)
+
+
+def _inverse(gram: np.ndarray) -> np.ndarray:
+    """The inverse of a symmetric matrix that is positive definite, or was but for rounding."""
+    factor, failed = dpotrf(gram, lower=True)
+    if failed:
+        return np.linalg.inv(gram)
+    lower = np.tril(dpotri(factor, lower=True, overwrite_c=True)[0])
+    found: np.ndarray = lower + np.tril(lower, -1).T
+    return found
