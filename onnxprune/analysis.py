@@ -125,7 +125,7 @@ def view(node: Node, graph: Graph, shapes: Shapes, which: int = 0) -> OpView:
         tuple(sizes(n) for n in operands),
         tuple(sizes(n) for n in node.outputs),
         tuple(value(n) for n in operands),
-        tuple(n in graph.computed_from_constants and n not in graph.offset for n in operands),
+        tuple(n in graph.computed_from_constants and n not in graph.unsilenced for n in operands),
         tuple(seen(n) for n in operands),
     )
 

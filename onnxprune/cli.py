@@ -452,3 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         return _status(error, verbose=bool({"-v", "--verbose"} & set(given)))
     return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,6 +25,10 @@ from onnxprune.tensors import array_of, attach
 G_LOGGER.severity = G_LOGGER.ERROR  # it warns of types that NumPy lacks, which are kept as they are
 
 _NOTES = "onnxprune."
+# what a stored zero passes as a zero: as it is, or as the number that is read as one
+MOVING = frozenset(
+    "Cast Concat Flatten Gather Identity QuantizeLinear Reshape Slice Split Squeeze Transpose Unsqueeze".split()  # noqa: SIM905
+)
 _NAMELESS = frozenset({"none", "null", "unk", "unknown", "dynamic"})  # names of sizes that need not be alike
 FLOATS = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
@@ -131,20 +135,58 @@ class Graph:
         return frozenset(known - {""})
 
     @cached_property
-    def offset(self) -> frozenset[str]:
-        """Names of the constants of which a zero in the file is another number: quantised, zero point not zero."""
+    def unsilenced(self) -> frozenset[str]:
+        """Names of the constants that zeros in the file do not make zero: something computes them from what is stored.
+
+        So it is with what is read of integers, unless all readers of those take one stored number for zero.
+        """
         found: set[str] = set()
         for node in self.nodes:
-            if found & set(node.inputs):
-                found.update(set(node.outputs) & self.computed_from_constants)
-            elif node.op == "DequantizeLinear" and node.inputs[0] in self.computed_from_constants:
-                point = node.inputs[2] if len(node.inputs) > 2 else ""
-                maker = self.producer.get(node.inputs[0])
-                if maker is not None and maker.op == "QuantizeLinear":  # which makes a zero what is read as one
-                    continue
-                if point and not (self.is_stored(point) and not np.any(self.array(point))):
-                    found.update(node.outputs)
-        return frozenset(found)
+            reads_integers = node.op == "DequantizeLinear" and node.inputs[0] in self.computed_from_constants
+            constant = reads_integers or set(node.outputs) - {""} <= self.computed_from_constants
+            if node.op == "Constant" or not constant:
+                continue
+            moves, data = node.op in MOVING, node.inputs if node.op == "Concat" else node.inputs[:1]
+            if reads_integers:
+                maker, point = self.producer.get(node.inputs[0]), self._zero_point(node)
+                rounded = maker is not None and maker.op == "QuantizeLinear"  # which makes a zero what is read as one
+                moves = rounded or node.inputs[0] in self.zero_points or (point is not None and not np.any(point))
+                if not moves:
+                    found.add(node.inputs[0])
+            if not moves or found & set(data):
+                found.update(node.outputs)
+        return frozenset(found - {""})
+
+    @cached_property
+    def zero_points(self) -> dict[str, np.ndarray]:
+        """Per stored tensor of integers the number that all its readers take for zero, where that is not zero itself.
+
+        It broadcasts against the tensor: along an axis there may be one for every position.
+        """
+        found = {}
+        for node in self.nodes:
+            name = node.inputs[0] if node.op == "DequantizeLinear" else ""
+            point = self._zero_point(node) if name and self.is_stored(name) and name not in self.outputs else None
+            if point is None or not np.any(point):
+                continue
+            readers = self.consumers[name]
+            points = [self._zero_point(r) for r in readers if r.op == "DequantizeLinear" and name not in r.inputs[1:]]
+            if len(points) == len(readers) and all(p is not None and np.array_equal(p, point) for p in points):
+                found[name] = point
+        return found
+
+    def _zero_point(self, node: Node) -> np.ndarray | None:
+        """What a DequantizeLinear takes for zero, to be broadcast against its input; None where that is computed."""
+        name = node.inputs[2] if len(node.inputs) > 2 else ""
+        if not name:
+            return np.zeros((), np.int64)
+        if not self.is_stored(name) or node.attributes.get("block_size", 0):
+            return None
+        point = self.array(name)
+        if point.size == 1 or not self.is_stored(node.inputs[0]):
+            return point.reshape(()) if point.size == 1 else point
+        rank, axis = len(self.stored(node.inputs[0]).dims), int(node.attributes.get("axis", 1))
+        return point.reshape([-1 if k == axis % rank else 1 for k in range(rank)]) if rank else None
 
     def is_stored(self, name: str) -> bool:
         """Whether the tensor's values stand in the file (an initializer or a Constant's tensor)."""
@@ -174,6 +216,15 @@ class Graph:
         if name not in self._constants:
             self._constants[name] = array_of(self.stored(name))
         return self._constants[name]
+
+    def silenced(self, name: str, gone: np.ndarray | None, array: np.ndarray | None = None) -> np.ndarray:
+        """The values of a stored tensor, or new ones; what its readers take for zero stands where the mask says so."""
+        array = self.array(name) if array is None else array
+        if gone is None:
+            return array
+        array = array.copy()
+        array[gone] = np.broadcast_to(self.zero_points.get(name, 0), array.shape)[gone]
+        return array
 
 
 def symbol(dim: onnx.TensorShapeProto.Dimension) -> str:

@@ -6,17 +6,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from onnxprune.axes import BoundAxis, BoundRelation, Refusal
-from onnxprune.graph import Graph, Node
+from onnxprune.graph import MOVING, Graph, Node
 from onnxprune.macs import holds_macs
 from onnxprune.rules.base import row_for
 
 AxisId = tuple[str, int]
 Operand = tuple[BoundAxis, ...]
 
-# what a stored zero passes as a zero: as it is, or as the number that is read as one
-_MOVING = frozenset(
-    "Cast Concat Flatten Gather Identity QuantizeLinear Reshape Slice Split Squeeze Transpose Unsqueeze".split()  # noqa: SIM905
-)
 FITTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # as matrix products, see `onnxprune.unfold`
 
 
@@ -87,7 +83,7 @@ def silencing(graph: Graph, statistics: bool = False) -> frozenset[str]:
         if row is not None:
             found.update(node.inputs[k] for k in row.weights if k < len(node.inputs))
     for node in reversed(graph.nodes):
-        if node.op in _MOVING and set(node.outputs) & found and set(node.outputs) <= graph.computed_from_constants:
+        if node.op in MOVING and set(node.outputs) & found and set(node.outputs) <= graph.computed_from_constants:
             found.update(node.inputs)
     return frozenset(found - {""})
 

@@ -11,13 +11,10 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from onnxprune.graph import FLOATS, Graph
+from onnxprune.graph import FLOATS, MOVING, Graph
 from onnxprune.runtime import Runtime, expose
 
 Removed = dict[int, tuple[int, ...]]  # per axis the positions that went
-_MOVING = frozenset(
-    "Cast Concat Flatten Gather Identity Reshape Slice Split Squeeze Transpose Unsqueeze".split()  # noqa: SIM905
-)
 
 
 def origins(graph: Graph, removed: Mapping[str, Removed], runtime: Runtime) -> dict[str, Removed]:
@@ -65,7 +62,13 @@ def _made_by(graph: Graph, name: str) -> set[int] | None:
         node = graph.producer.get(waiting.pop())
         if node is None or node.op == "Constant" or node.index in found:
             continue
-        if node.op not in _MOVING or node.domain or node.captured or not set(node.outputs) <= _constant(graph):
+        if (
+            node.op not in MOVING
+            or node.op == "QuantizeLinear"
+            or node.domain
+            or node.captured
+            or not set(node.outputs) <= _constant(graph)
+        ):
             return None
         found.add(node.index)
         waiting += [n for n in node.inputs if n]

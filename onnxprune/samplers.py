@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from onnxprune.analysis import Analysis, GroupInfo
 
+_SUMS = frozenset({"Add", "Mean", "Sub", "Sum"})
 _MANY = 2.0  # times the cost of the layers that make a group have the layers that read it, where they read alone
 
 
@@ -18,10 +19,12 @@ def samplable(analysis: Analysis) -> frozenset[int]:
     costs: dict[str, float] = {}
     for term in analysis.terms:
         costs[term.node] = costs.get(term.node, 0.0) + term.at(analysis.nominal)
+    summed = _summed(analysis)
     together: dict[tuple[str, int], list[bool]] = {}
     for info in analysis.groups:
-        for axis in info.group.axes:
-            together.setdefault((axis.tensor, axis.axis), []).append(_shared(info, costs))
+        places = {(axis.tensor, axis.axis) for axis in info.group.axes}
+        for place in places:
+            together.setdefault(place, []).append(_shared(info, costs, not places.isdisjoint(summed)))
     return frozenset(
         layer.node.index
         for layer in analysis.layers
@@ -31,7 +34,21 @@ def samplable(analysis: Analysis) -> frozenset[int]:
     )
 
 
-def _shared(info: GroupInfo, costs: dict[str, float]) -> bool:
-    """Whether a group's readers had better choose for themselves."""
+def _shared(info: GroupInfo, costs: dict[str, float], added_to: bool) -> bool:
+    """Whether a group's readers had better choose for themselves.
+
+    That layers make it together is not enough: a gate's channels are those of what it multiplies.
+    """
     made, read = (sum(costs.get(label, 0.0) for label in labels) for labels in (info.producers, info.consumers))
-    return len(info.producers) > 1 or (len(info.consumers) > 1 and read >= _MANY * made)
+    return (added_to and len(info.producers) > 1) or (len(info.consumers) > 1 and read >= _MANY * made)
+
+
+def _summed(analysis: Analysis) -> frozenset[tuple[str, int]]:
+    """Axes of sums of several tensors that are computed from the data."""
+    constant, shapes = analysis.graph.computed_from_constants, analysis.shapes
+    return frozenset(
+        (node.outputs[0], axis)
+        for node in analysis.graph.nodes
+        if node.op in _SUMS and sum(name not in constant for name in node.inputs) > 1
+        for axis in range(len(shapes.shape(node.outputs[0]) or ()))
+    )

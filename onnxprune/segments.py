@@ -19,6 +19,8 @@ from onnxprune.probe import Shapes, size_nodes
 from onnxprune.runtime import Runtime
 from onnxprune.tensors import stored
 
+_FOUR_BITS = frozenset({onnx.TensorProto.INT4, onnx.TensorProto.UINT4})  # which onnxruntime takes from no array
+
 
 def late_order(graph: Graph, late: Collection[int]) -> list[int]:
     """A topological order of the nodes in which the ``late`` ones wait until nothing else can run."""
@@ -124,16 +126,20 @@ class Segments:
             elif name in graph.initializers:
                 model.graph.initializer.append(graph.initializers[name])
         feeds = [n for n in examples if n in needed and n not in made and n not in self._stored]
+        widened: dict[str, str] = {}
         for name in (*feeds, *free):
             dtype = graph.array(name).dtype if name in free else examples[name].dtype
             shape = graph.array(name).shape if name in free else self._shape(name, examples[name])
-            model.graph.input.append(
-                onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(dtype), shape)
-            )
+            kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+            if kind in _FOUR_BITS:
+                widened[name] = f"{name}/int8"
+                model.graph.node.insert(0, onnx.helper.make_node("Cast", [widened[name]], [name], to=kind))
+                kind = onnx.TensorProto.INT8
+            model.graph.input.append(onnx.helper.make_tensor_value_info(widened.get(name, name), kind, shape))
         wanted = [name for name in outputs if name in made]
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in wanted)
         session = self.runtime.session(model) if wanted else None
-        return Piece(session, [*feeds, *free], wanted, list(outputs))
+        return Piece(session, [*feeds, *free], wanted, list(outputs), widened)
 
     def _shape(self, name: str, example: np.ndarray) -> list[int | str]:
         known = self.shapes is not None and self.shapes.known(name)
@@ -157,12 +163,18 @@ class Piece:
     """A session over some nodes; tensors that are only passed through are passed on."""
 
     def __init__(
-        self, session: ort.InferenceSession | None, inputs: list[str], computed: list[str], outputs: list[str]
+        self,
+        session: ort.InferenceSession | None,
+        inputs: list[str],
+        computed: list[str],
+        outputs: list[str],
+        widened: Mapping[str, str],
     ) -> None:
         self.session = session
         self.inputs = inputs
         self.computed = computed
         self.outputs = outputs
+        self.widened = widened  # inputs that are fed in int8, and what they are called then
 
     def run(
         self, tensors: Mapping[str, np.ndarray], free: Mapping[str, np.ndarray] | None = None
@@ -177,4 +189,6 @@ class Piece:
         """The outputs that are not merely passed on."""
         free = free or {}
         given = {name: free[name] if name in free else tensors[name] for name in self.inputs}
+        for name, wide in self.widened.items():
+            given[wide] = given.pop(name).astype(np.int8)
         return dict(zip(self.computed, self.session.run(self.computed, given), strict=True)) if self.session else {}

@@ -257,11 +257,11 @@ def silence(analysis: Analysis, plan: Plan) -> onnx.ModelProto:
         if node.op_type == "Constant":
             protos.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
     for name in {tensor for tensor, _ in removed if tensor in protos}:
-        array = graph.array(name).copy()
+        mask = np.zeros(graph.array(name).shape, bool)
         for (tensor, axis), gone in removed.items():
             if tensor == name:
-                array[(slice(None),) * axis + (gone,)] = 0
-        protos[name].CopyFrom(stored(array, protos[name]))
+                mask[(slice(None),) * axis + (gone,)] = True
+        protos[name].CopyFrom(stored(graph.silenced(name, mask), protos[name]))
     return model
 
 

@@ -473,9 +473,10 @@ def test_help_imports_nothing_heavy(arguments):
     assert "Usage: onnxprune" in done.stdout
 
 
-def test_a_process_ends_with_the_status(tmp_path):
+@pytest.mark.parametrize("module", ["onnxprune", "onnxprune.cli"])
+def test_a_process_ends_with_the_status(tmp_path, module):
     done = subprocess.run(
-        [sys.executable, "-m", "onnxprune", str(tmp_path / "nowhere.onnx")],
+        [sys.executable, "-m", module, str(tmp_path / "nowhere.onnx")],
         capture_output=True,
         text=True,
         check=False,

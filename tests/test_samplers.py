@@ -122,3 +122,19 @@ def test_a_sampler_that_drops_nothing_is_not_written() -> None:
     cut = [g for g in result.report.groups if not g.producers and g.kept < g.units]
     assert whole
     assert len(gathers(result.model)) == len(cut)
+
+
+def test_what_a_gate_multiplies_is_no_stream() -> None:
+    """Squeeze and excitation, and a gated unit: several layers make the channels, and nothing is added to them."""
+    g = Builder(seed=5)
+    x = g.Relu(g.conv(g.input("x", ["n", 3, 8, 8]), 12, name="wide"))
+    gate = g.conv(g.Relu(g.conv(g.GlobalAveragePool(x), 4, k=1, name="squeeze")), 12, k=1, name="excite")
+    x = g.Relu(g.conv(g.Mul(x, g.Sigmoid(gate)), 6, name="project"))
+    x = g.Mul(g.conv(x, 10, name="linear"), g.Sigmoid(g.conv(x, 10, name="gate")))
+    model = g.model(g.conv(x, 4, name="last"))
+    analysis, _ = analysed(model)
+    assert {frozenset(info.producers) for info in analysis.groups} >= {
+        frozenset({"wide", "excite"}),
+        frozenset({"linear", "gate"}),
+    }
+    assert labels(model) == set()

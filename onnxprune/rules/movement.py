@@ -207,7 +207,7 @@ def _slice_parts(op: OpView) -> tuple[list[int], list[int], list[int], list[int]
 
 
 def _slice(op: OpView) -> Relation | Refusal:
-    """Position by position along the axes that are cut; strides and dynamic axes stay."""
+    """Position by position along the axes that are cut; one of every `s` throughout an axis is `(c !s) -> c`."""
     parts = _slice_parts(op)
     if parts is None:
         axes = op.value(3, "axes")
@@ -217,18 +217,31 @@ def _slice(op: OpView) -> Relation | Refusal:
         text = " ".join("1" if k in cut else f"a{k}" for k in range(len(op.in_shape(0))))
         return relate([text], [text])
     shape = op.in_shape(0)
-    names, maps = letters(shape), []
+    names, left, maps = letters(shape), {}, []
     for start, end, axis, step in zip(*parts, strict=True):
-        position = np.arange(shape[axis])[slice(start, end if step > 0 or end >= -shape[axis] else None, step)]
+        position = _positions(shape[axis], start, end, step)
         if step == 1 and (op.in_sizes[0] or [])[axis] == (op.out_sizes[0] or [])[axis]:
             continue
-        if step != 1 or len(set((op.in_sizes[0] or [])[axis])) > 1:
-            names[axis] = "1"  # strides do not survive a cut; a dynamic axis is never cut
-            continue
-        names[axis] = "@"
-        maps.append(IndexMap(0, axis, axis, np.zeros(len(position), np.int64), position))
-    text = " ".join(names)
-    return relate([text], [text], tuple(maps))
+        if len(set((op.in_sizes[0] or [])[axis])) > 1:
+            names[axis] = "1"  # a dynamic axis is never cut
+        elif _is_strided(shape[axis], position, step):
+            left[axis] = f"({names[axis]} !s{axis})"
+        elif abs(step) != 1:
+            names[axis] = "1"  # what is left of these would not be as far apart
+        else:
+            names[axis] = "@"
+            maps.append(IndexMap(0, axis, axis, np.zeros(len(position), np.int64), position))
+    return relate([" ".join(left.get(k, name) for k, name in enumerate(names))], [" ".join(names)], tuple(maps))
+
+
+def _positions(size: int, start: int, end: int, step: int) -> np.ndarray:
+    """Which positions of an axis a Slice gives."""
+    return np.arange(size)[slice(start, end if step > 0 or end >= -size else None, step)]
+
+
+def _is_strided(size: int, position: np.ndarray, step: int) -> bool:
+    """Whether a Slice gives one of every ``step`` positions, throughout the axis."""
+    return step > 1 and size % step == 0 and len(position) == size // step
 
 
 def _mend_slice(op: OpView, kept: Kept) -> Repair:
@@ -236,11 +249,20 @@ def _mend_slice(op: OpView, kept: Kept) -> Repair:
     parts = _slice_parts(op)
     if parts is None:
         return Repair()
-    starts, ends, axes, _ = parts
-    for k, axis in enumerate(axes):
-        left = kept.inputs[0][axis]
-        if left is not None:
-            first, last, _ = slice(starts[k], ends[k]).indices(op.in_shape(0)[axis])
+    starts, ends, axes, steps = parts
+    for k, (axis, step) in enumerate(zip(axes, steps, strict=True)):
+        left, size = kept.inputs[0][axis], op.in_shape(0)[axis]
+        if left is None:
+            continue
+        position = _positions(size, starts[k], ends[k], step)
+        if _is_strided(size, position, step):  # whole strides went
+            starts[k], ends[k] = int(position[0]), len(left)
+        elif step < 0:
+            starts[k] = int((left <= position.max(initial=-1)).sum()) - 1
+            ends[k] = int((left < position.min(initial=size)).sum()) - 1
+            ends[k] -= (ends[k] < 0) * len(left)  # before the first one: minus one is the last
+        else:
+            first, last, _ = slice(starts[k], ends[k]).indices(size)
             starts[k], ends[k] = int((left < first).sum()), int((left < last).sum())
     if op.version < 10:
         return Repair(attributes={"starts": starts, "ends": ends})

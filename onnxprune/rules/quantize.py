@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from onnxprune.axes import Refusal, Relation
-from onnxprune.rules.base import FIRST, Clauses, OpView, Row, Table, add, letters, relate
+from onnxprune.rules.base import FIRST, OpView, Row, Table, add, letters, relate
 
 
 def _quantize(op: OpView) -> Relation | Refusal:
@@ -21,15 +19,8 @@ def _quantize(op: OpView) -> Relation | Refusal:
     return relate([text, along, along if op.has(2) and op.in_shape(2) else ""], [text])
 
 
-def _dequantized_of_zero(op: OpView) -> Clauses:
-    """A zero in the file is a zero with symmetric weights only; of what is computed, a zero comes back as one."""
-    point = op.value(2)
-    symmetric = not op.has(2) or (point is not None and not np.any(point))
-    return FIRST if symmetric or not op.constant[0] else ()
-
-
 def register(table: Table) -> None:
     """Add the rows of this file."""
     for domain in ("", "com.microsoft"):
         add(table, "QuantizeLinear", Row(_quantize, zero=FIRST), domain=domain)
-        add(table, "DequantizeLinear", Row(_quantize, weights=(0,), zero=_dequantized_of_zero), domain=domain)
+        add(table, "DequantizeLinear", Row(_quantize, weights=(0,), zero=FIRST), domain=domain)

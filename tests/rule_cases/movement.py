@@ -169,8 +169,20 @@ def _(d: Draw) -> Call:
 
 @case("Slice", "reversed")
 def _(d: Draw) -> Call:
-    parts = [np.array(v, np.int64) for v in ([-1], [-(2**31)], [d.int(0, 1)], [-1])]
-    return Call("Slice", [d.floats(*d.shape(0, 0)), *parts], {}, (1, 2, 3, 4))
+    size, axis = d.int(3, 7), d.of(1, -1)
+    start, end = d.of((-1, -(2**31)), (size - 2, 0), (2**31, -size), (-2, -(2**31)), (-1, -size - 1))
+    parts = [np.array(v, np.int64) for v in ([start], [end], [axis], [-1])]
+    return Call("Slice", [d.floats(d.int(2, 4), size), *parts], {}, (1, 2, 3, 4))
+
+
+@case("Slice", "strided")
+def _(d: Draw) -> Call:
+    step, count = d.int(2, 3), d.int(2, 4)
+    size = step * count
+    start = d.int(0, step - 1)
+    ends = d.of(2**31, size, size - step + start + 1)
+    parts = [np.array(v, np.int64) for v in ([d.of(start, start - size)], [ends], [d.of(1, -2)], [step])]
+    return Call("Slice", [d.floats(2, size, 3), *parts], {}, (1, 2, 3, 4))
 
 
 @case("Slice", "attributes")
