@@ -339,7 +339,8 @@ def analyse(
         for place in term.axes:
             if place[0] in known:
                 weights[place] = weights.get(place, 0.0) + macs
-    coupling = couple(known, statements, seeds, weights, approximate)
+    silenced = [name for name in silencing(graph) - graph.unsilenced if graph.is_stored(name)]
+    coupling = couple(known, statements, seeds, weights, approximate, silenced)
     layers = tuple(layer for node in graph.nodes if (layer := layer_of(node, graph)) is not None)
     groups = _named(coupling, graph, statements)
     frozen = _frozen(coupling, graph, statements, terms, nominal)

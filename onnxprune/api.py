@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from onnxprune.counting import count_model_macs
 from onnxprune.cuttable import cuttable
 from onnxprune.data import Preprocessing, load_calibration
 from onnxprune.errors import InputError
-from onnxprune.finish import Result, aim, finish
+from onnxprune.finish import Result, aim, finish, within_reach
 from onnxprune.gathered import Gathered
 from onnxprune.graph import Graph, read_model
 from onnxprune.journal import Journal
@@ -116,7 +117,7 @@ def prune(
         exclude: regular expression; layers with such a node name are left as they are.
         samplers: let convolutions at the entry of residual blocks choose the channels they read (a Gather in front),
             where channels are chosen by activations and cost is counted in macs or params; else the stream that all
-            blocks share is cut.
+            blocks share is cut, and where the speed-up cannot be reached otherwise.
         approximate: let normalised axes shrink, too (the hidden width of transformers): the mean and variance are then
             taken of the channels that are left, so that the cut alone changes what the model computes.
         best_effort: go as far as possible where the speed-up cannot be reached.
@@ -172,7 +173,8 @@ def prune_family(
 ) -> tuple[Result, ...]:
     """Make several smaller models from one look at the data: collected, ranked and priced once, fitted for each.
 
-    Every member is what `prune` makes with that speed-up, to the last bit where threads and provider compute alike.
+    Every member is what `prune` makes with that speed-up, to the last bit where threads and provider compute alike;
+    where one of them cannot be reached with ``samplers``, it is what `prune` makes without.
 
     Args:
         model: a file, or the model itself.
@@ -225,6 +227,15 @@ def _family(
     progress = progress or Progress()
     wanted = [Wanted(speedup, settings.by, settings.most) for speedup in speedups]
     prepared = prepare(model, settings, progress)
+    if (
+        prepared.analysis.sampled
+        and settings.stats is None
+        and not all(within_reach(prepared, each) for each in wanted)
+    ):
+        prepared = prepare(model, dataclasses.replace(settings, samplers=False), progress).warned(
+            "no convolution samples what it reads (--no-samplers): the speed-up cannot be reached while streams keep"
+            " their width"
+        )
     goals = [aim(prepared, each) for each in wanted]
     if journal is not None:
         prepared.keep(journal, speedups)

@@ -16,7 +16,7 @@ from onnxprune.comparison import measure_fidelity
 from onnxprune.cost import Latency, measure_latency
 from onnxprune.counting import findings
 from onnxprune.cuttable import Cuttable
-from onnxprune.errors import InputError, InternalError
+from onnxprune.errors import InputError, InternalError, UnreachableTarget
 from onnxprune.files import write_model
 from onnxprune.graph import Graph
 from onnxprune.origins import origins
@@ -68,6 +68,15 @@ class Aim:
     limits: list[Limit]
     choices: Sequence[np.ndarray]
     timing: Timing | None
+
+
+def within_reach(prepared: Prepared, wanted: Wanted) -> bool:
+    """Whether the limits that are counted can be met."""
+    try:
+        limits(prepared.analysis, wanted, prepared.costs, prepared.before.counted(), prepared.choices, False)
+    except UnreachableTarget:
+        return False
+    return True
 
 
 def aim(prepared: Prepared, wanted: Wanted) -> Aim:

@@ -253,6 +253,7 @@ def couple(
     seeds: Sequence[Seed],
     weights: dict[AxisId, float],
     approximate: bool = False,
+    silenced: Iterable[str] = (),
 ) -> Coupling:
     """Find the groups.
 
@@ -263,8 +264,10 @@ def couple(
         weights: multiply-accumulates per axis of a layer's weights, by which alternatives are judged; a unit that
             holds none of them is not worth removing.
         approximate: let axes shrink of which an operator takes a statistic (a mean, a variance).
+        silenced: stored tensors whose removed slices are zero in the silenced model, whatever reads them.
     """
     builder = _Builder(shapes, approximate)
+    builder.zero.update((name, axis) for name in silenced for axis in range(len(shapes.get(name, ()))))
     for seed in seeds:
         builder.freeze(seed.tensor, seed.axis, seed)
     for index, statement in enumerate(statements):

@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from onnx.inliner import inline_local_functions
 
 from onnxprune.branches import inline_branch
-from onnxprune.graph import FLOATS, Graph
+from onnxprune.graph import FLOATS, MOVING, Graph
 from onnxprune.runtime import Runtime, expose
 from onnxprune.sequences import unpack_sequences
 from onnxprune.tensors import graphs
@@ -85,11 +85,13 @@ def _fill_apart(model: onnx.ModelProto) -> None:
 def _fold(model: onnx.ModelProto, folder: Path, runtime: Runtime) -> None:
     graph = Graph(model, folder)
     constant = graph.computed_from_constants
-    quantised: set[str] = set()
+    stays: set[str] = set()  # quantised weights; and what layers' weights give that are read as they are, too
     folded: set[int] = set()
+    read_twice = _read_twice(graph)
     for node in graph.nodes:
-        if node.op in _QUANTISED or quantised & set(node.inputs):
-            quantised.update(node.outputs)
+        computes = node.op not in MOVING and not read_twice.isdisjoint(node.inputs)
+        if node.op in _QUANTISED or stays & set(node.inputs) or (computes and set(node.outputs) <= constant):
+            stays.update(node.outputs)
         elif _foldable(node.outputs, constant) and any(node.inputs):
             folded.add(node.index)
     wanted = sorted(
@@ -126,6 +128,20 @@ def _fold(model: onnx.ModelProto, folder: Path, runtime: Runtime) -> None:
         if name not in present:
             add_constant(model, numpy_helper.from_array(value, name))
     drop_unused(model, used)
+
+
+def _read_twice(graph: Graph) -> set[str]:
+    """Stored matrices that layers read, or pick from: what is computed of them has to follow where their channels go.
+
+    So it is with a codebook and its norms. What only moves a matrix about does not compute.
+    """
+    constant, found = graph.computed_from_constants, set[str]()
+    for node in reversed(graph.nodes):
+        moves = node.op in MOVING and not node.domain and found & set(node.outputs)
+        if moves or not set(node.outputs) - {""} <= constant:
+            weights = _WEIGHT_OPERANDS.get(node.op, ()) if not moves else range(len(node.inputs))
+            found.update(node.inputs[k] for k in weights if k < len(node.inputs) and node.inputs[k] in constant)
+    return {n for n in found if graph.is_stored(n) and len(graph.stored(n).dims) > 1}
 
 
 def used_names(model: onnx.ModelProto) -> set[str]:

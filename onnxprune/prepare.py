@@ -90,6 +90,10 @@ class Prepared:
         """Of the normalised network."""
         return self.network.analysis
 
+    def warned(self, what: str) -> Prepared:
+        """The same, with one warning more for the report."""
+        return dataclasses.replace(self, warnings=(*self.warnings, what))
+
     @functools.cached_property
     def digest(self) -> str:
         """Of the model as it came."""

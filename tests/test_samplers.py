@@ -9,7 +9,7 @@ import onnx
 import pytest
 from builder import RUNTIME, Builder, analysed, random_plan, run
 
-from onnxprune import Result, prune
+from onnxprune import Result, UnreachableTarget, prune
 from onnxprune.costs import CostModel
 from onnxprune.counting import count_model_macs
 from onnxprune.plan import removed_positions
@@ -138,3 +138,20 @@ def test_what_a_gate_multiplies_is_no_stream() -> None:
         frozenset({"linear", "gate"}),
     }
     assert labels(model) == set()
+
+
+def test_a_stream_is_cut_where_sampling_does_not_go_far_enough() -> None:
+    """Layers that write to the stream keep their width while others sample it."""
+    g = Builder(seed=5)
+    x = g.Relu(g.conv(g.input("x", ["n", 3, 8, 8]), 24, name="stem"))
+    for k in (1, 2):
+        x = g.Relu(g.Add(g.conv(x, 24, group=24, name=f"depthwise{k}"), x))
+        x = g.Relu(g.Add(g.conv(x, 24, k=1, name=f"point{k}"), x))
+    model = g.model(g.gemm(g.Flatten(g.GlobalAveragePool(x)), 4, name="head"))
+    assert gathers(small(model, speedup=1.1).model)
+    for options in ({}, {"best_effort": True}):
+        result = small(model, speedup=6, **options)
+        assert not gathers(result.model) and result.report.achieved.macs >= 6
+        assert any("no convolution samples" in warning for warning in result.report.warnings)
+    with pytest.raises(UnreachableTarget, match=r"the largest for this model is [2-9]\d"):
+        small(model, speedup=1000)
