@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 
-from onnxprune.graph import captured, is_choice
+from onnxprune.graph import captured, copy_notes, drop_notes, is_choice
 from onnxprune.tensors import bodies, graphs
 
 _BRANCHES = ("then_branch", "else_branch")
@@ -132,6 +132,8 @@ def _open(model: onnx.ModelProto, index: int, defined: Counter[str]) -> OpenIf:
     branches = []
     for attribute in (a for name in _BRANCHES for a in node.attribute if a.name == name):
         branches.append(lay_out(model, attribute, defined, labelled))
+        for each in attribute.g.node:
+            copy_notes(node, each)  # it runs as often, in the first turn of a loop
         inserted += attribute.g.node
     for k, output in enumerate(node.output):
         if output:
@@ -238,6 +240,8 @@ def close_if(model: onnx.ModelProto, opened: OpenIf) -> None:
     closed.output.extend(name if k in left else "" for k, name in enumerate(opened.node.output))
     for number, body in enumerate(opened.bodies):
         members = [node for k, node in enumerate(graph.node) if owner.get(k) == number]
+        for node in members:
+            drop_notes(node)
         next(a for a in closed.attribute if a.name == body.attribute).g.CopyFrom(put_together(graph, body, members))
     _keep_outputs(closed, left)
     take_out(graph, opened.bodies, {*owner, *choices[1:]}, {choices[0]: closed})

@@ -24,48 +24,60 @@ class Flat:
     Attributes:
         model: computes what the nested one does, as far as both branches run on the same data.
         copies: constants that were copied for their users, and of what.
-        branches: how each `If` is put back, in the order in which they were opened.
-        loops: the same of loops, opened after them. Of those the first turn is laid open beside them.
+        opened: how each `If` and each loop is put back, in the order in which they were opened: branches, then loops,
+            then branches in the bodies of those. Of loops the first turn is laid open beside them.
     """
 
     model: onnx.ModelProto
     copies: Mapping[str, str]
-    branches: tuple[OpenIf, ...] = ()
-    loops: tuple[OpenLoop, ...] = ()
+    opened: tuple[OpenIf | OpenLoop, ...] = ()
 
     @property
     def is_open(self) -> bool:
         """Whether there is anything to close."""
-        return bool(self.branches or self.loops)
+        return bool(self.opened)
+
+    @property
+    def branches(self) -> tuple[OpenIf, ...]:
+        """Every `If` that is open."""
+        return tuple(each for each in self.opened if isinstance(each, OpenIf))
+
+    @property
+    def loops(self) -> tuple[OpenLoop, ...]:
+        """Every loop that is open."""
+        return tuple(each for each in self.opened if isinstance(each, OpenLoop))
 
     def turning(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """A model that was made from the open one, its loops put back, without which it does not run once it is cut."""
-        return _closed(model, (), self.loops) if self.loops else model
+        first = next((k for k, each in enumerate(self.opened) if isinstance(each, OpenLoop)), len(self.opened))
+        return _closed(model, self.opened[first:])
 
     def closed(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """A model that was made from the open one, its bodies put back; the model itself where there are none."""
-        return _closed(model, self.branches, self.loops) if self.is_open else model
+        return _closed(model, self.opened)
 
     @property
     def names(self) -> dict[str, str]:
         """Tensors of the bodies: as the open model calls them, and as the bodies do."""
-        parts: list[OpenIf | OpenLoop] = [*self.branches, *self.loops]
-        return {name: own for each in parts for body in each.bodies for name, own in body.names.items()}
+        return {name: own for each in self.opened for body in each.bodies for name, own in body.names.items()}
 
 
-def _closed(model: onnx.ModelProto, branches: Sequence[OpenIf], loops: Sequence[OpenLoop]) -> onnx.ModelProto:
+def _closed(model: onnx.ModelProto, opened: Sequence[OpenIf | OpenLoop]) -> onnx.ModelProto:
     """What was opened last is closed first."""
+    if not opened:
+        return model
     nested = onnx.ModelProto()
     nested.CopyFrom(model)
-    for loop in reversed(loops):
-        close_loop(nested, loop)
-    for each in reversed(branches):
-        close_if(nested, each)
+    for each in reversed(opened):
+        if isinstance(each, OpenLoop):
+            close_loop(nested, each)
+        else:
+            close_if(nested, each)
     return nested
 
 
 def forms(graph: Graph, runtime: Runtime) -> list[Flat]:
-    """A model, normalised: with all of its bodies laid open, with its branches alone, and last as it is.
+    """A model, normalised: with all of its bodies laid open, then fewer of them, and last as it is.
 
     The later ones serve where the first ones do not run: branches on data that are not meant for them, say. A form in
     which nothing more is open than in the next one is left out.
@@ -78,7 +90,8 @@ def forms(graph: Graph, runtime: Runtime) -> list[Flat]:
     if any(True for node in model.graph.node for _ in bodies(node)):
         _refuse_repeated(model)
         branches = flatten(model, copies)
-        found = [form for form in (_with_loops(branches), branches) if form.is_open] + found
+        loops = _with_loops(branches)
+        found = [form for form in (_with_their_branches(loops), loops, branches) if form.is_open] + found
     return [form for form, after in zip(found, [*found[1:], None], strict=True) if form is not after]
 
 
@@ -118,7 +131,20 @@ def _with_loops(form: Flat) -> Flat:
     flat = onnx.ModelProto()
     flat.CopyFrom(form.model)
     loops = tuple(open_loops(flat))
-    return Flat(flat, _unshared(flat, form.copies), form.branches, loops) if loops else form
+    return Flat(flat, _unshared(flat, form.copies), (*form.opened, *loops)) if loops else form
+
+
+def _with_their_branches(form: Flat) -> Flat:
+    """The same with every `If` in the first turns opened as well; itself where there are none to open.
+
+    What one turn knows of a condition need not hold in the next one, so that none is inlined here.
+    """
+    flat = onnx.ModelProto()
+    flat.CopyFrom(form.model)
+    branches = []
+    while form.loops and (found := open_next(flat)) is not None:
+        branches.append(found)
+    return Flat(flat, _unshared(flat, form.copies), (*form.opened, *branches)) if branches else form
 
 
 def _unshared(flat: onnx.ModelProto, copies: Mapping[str, str]) -> dict[str, str]:

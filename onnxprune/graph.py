@@ -252,6 +252,11 @@ def note(proto: onnx.NodeProto, what: str, value: object = True) -> onnx.NodePro
     return proto
 
 
+def copy_notes(source: onnx.NodeProto, proto: onnx.NodeProto) -> None:
+    """Write down on a node what was written down on another one."""
+    proto.metadata_props.extend(entry for entry in source.metadata_props if entry.key.startswith(_NOTES))
+
+
 def drop_notes(proto: onnx.NodeProto) -> None:
     """Take off what was written down."""
     rest = [entry for entry in proto.metadata_props if not entry.key.startswith(_NOTES)]

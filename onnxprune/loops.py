@@ -15,10 +15,21 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from onnxprune.bodies import Body, all_names, lay_out, obstacle, owners, put_together, rename, stored_names, take_out
+from onnxprune.bodies import (
+    Body,
+    all_names,
+    lay_out,
+    names_of,
+    obstacle,
+    owners,
+    put_together,
+    rename,
+    stored_names,
+    take_out,
+)
 from onnxprune.graph import drop_notes, note
 from onnxprune.macs import layers_within
-from onnxprune.tensors import bodies
+from onnxprune.tensors import bodies, nodes_within
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +95,9 @@ def why_closed(model: onnx.ModelProto, place: int, defined: Counter[str] | None 
         return "in IR versions before 4 its stored tensors would become inputs of the model; convert it to IR version 4"
     if versions.get("", versions.get("ai.onnx", 0)) < 9:
         return "before opset 9 a Scan had a batch; convert it to opset 9"
-    for inner in body.node:
-        if any(True for _ in bodies(inner)):
-            return f"{inner.op_type} stands within it; export without control flow in loops"
+    turned = next((inner.op_type for inner in nodes_within(body) if inner.op_type != "If" and [*bodies(inner)]), "")
+    if turned:
+        return f"{turned} stands within it; export without loops in loops"
     stored = stored_names(model.graph) - {t.name for t in model.graph.initializer if not t.dims}
     for k, (given, value) in enumerate(zip(node.input, body.input, strict=False)):
         if given in stored and (state := _state(node, k)) is not None and body.output[state].name == value.name:
@@ -212,7 +223,9 @@ def _run_again(loop: onnx.NodeProto, body: Body, stored: set[str]) -> None:
     """Give the body that the loop runs names that are not those of its first turn; stored tensors are the same ones."""
     (own,) = bodies(loop)
     del own.initializer[:], own.value_info[:]
-    rename(own, {name: open_ if open_ in stored else f"{open_}/again" for open_, name in body.names.items()})
+    again = {name: f"{name}/again" for name in names_of(own)}
+    again |= {name: open_ if open_ in stored else f"{open_}/again" for open_, name in body.names.items()}
+    rename(own, again)
 
 
 def count_turns(loop: onnx.NodeProto, name: str) -> None:

@@ -46,6 +46,14 @@ def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
 
 
+def nodes_within(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of the bodies within it."""
+    for node in graph.node:
+        yield node
+        for body in bodies(node):
+            yield from nodes_within(body)
+
+
 def tensors_of(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
     """Tensors that stand in a node's attributes."""
     for attribute in node.attribute:

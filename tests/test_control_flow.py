@@ -393,6 +393,29 @@ def in_a_loop(condition: bool = False) -> onnx.ModelProto:
     return g.model(g.node("MatMul", y, g.weight(8, 3)))
 
 
+def nested_loops() -> onnx.ModelProto:
+    """Four turns of two turns with a layer of 8 x 8 in each, on 5 rows that a layer of 7 x 8 made."""
+    g = Builder()
+    x = g.Relu(g.linear(g.Relu(g.linear(g.input("x", [5, 7]), 16, name="free")), 8))
+    count, weight = g.const(2), g.weight(8, 8)
+    infos = [
+        [
+            helper.make_tensor_value_info(f"{level}_turn", INT64, []),
+            helper.make_tensor_value_info(f"{level}_go", BOOL, []),
+            helper.make_tensor_value_info(f"{level}_state", FLOAT, [5, 8]),
+        ]
+        for level in ("inner", "outer")
+    ]
+    steps = [node("Identity", ["inner_go"], "inner_on"), node("MatMul", ["inner_state", weight], "inner_next")]
+    within = body(steps, infos[0], "inner_on", "inner_next")
+    turned = node("Loop", [count, "outer_go", "outer_state"], "made", body=within, name="within")
+    steps = [node("Identity", ["outer_go"], "outer_on"), turned, node("Tanh", ["made"], "outer_next")]
+    around = body(steps, infos[1], "outer_on", "outer_next")
+    return g.model(
+        g.node("MatMul", g.node("Loop", g.const(4), g.const(True), x, body=around, name="loop"), g.weight(8, 3))
+    )
+
+
 def in_a_scan() -> onnx.ModelProto:
     """A layer of 8 x 8 for every one of 5 rows, and one of 8 x 8 for the state."""
     g = Builder()
@@ -412,7 +435,8 @@ def in_a_scan() -> onnx.ModelProto:
 
 TURNS: list[tuple[str, Callable[[], onnx.ModelProto], int, bool]] = [
     ("Loop", in_a_loop, 4 * 5 * 8 * 8, True),
-    ("Loop", lambda: in_a_loop(True), 4 * 5 * 8 * 8 * 2, False),
+    ("Loop", lambda: in_a_loop(True), 4 * 5 * 8 * 8 * 2, True),
+    ("Loop", lambda: nested_loops(), 4 * 2 * 5 * 8 * 8, False),
     ("Scan", in_a_scan, 5 * 2 * 8 * 8, True),
 ]
 
@@ -502,12 +526,45 @@ def scanned() -> onnx.ModelProto:
     return g.model(g.node("MatMul", behind, g.weight(12, 3)))
 
 
+def branching(own: bool = True) -> onnx.ModelProto:
+    """A Loop whose even turns go through two layers, and whose odd ones through another one; ``own`` weights or not."""
+    g = Builder()
+    x = g.Relu(g.linear(g.Relu(g.linear(g.input("x", ["n", 7]), 16, name="before")), 8, name="state"))
+    shapes = {"even_a": (8, 12), "even_b": (12, 8), "odd_w": (8, 8)}
+    one = [node("MatMul", ["now", "even_a"], "e1", name="wide"), node("Relu", ["e1"], "e2")]
+    one.append(node("MatMul", ["e2", "even_b"], "e", name="narrow"))
+    even, odd = body(one, [], "e"), body([node("MatMul", ["now", "odd_w"], "o", name="odd")], [], "o")
+    for graph in (even, odd):
+        mine = {name: shape for name, shape in shapes.items() if name.startswith(graph.output[0].name)}
+        if own:
+            stored(graph, **mine)
+        else:
+            for name, shape in mine.items():
+                g.weight(*shape, name=name)
+    two, zero = g.const(2), g.const(0)
+    nodes = [
+        node("Identity", ["go"], "on"),
+        node("Mod", ["turn", two], "left"),
+        node("Equal", ["left", zero], "is_even"),
+        node("Relu", ["was"], "now"),
+        node("If", ["is_even"], "made", then_branch=even, else_branch=odd, name="either"),
+        node("Add", ["made", "was"], "next"),
+    ]
+    infos = [helper.make_tensor_value_info("turn", INT64, []), helper.make_tensor_value_info("go", BOOL, [])]
+    infos.append(helper.make_tensor_value_info("was", FLOAT, None))
+    y = g.node("Loop", g.const(3), g.const(True), x, body=body(nodes, infos, "on", "next"), name="loop")
+    return g.model(g.node("MatMul", y, g.weight(8, 3), name="last"))
+
+
 LOOPS: list[tuple[Callable[[], onnx.ModelProto], set[str]]] = [
     (in_a_loop, {"free", "matmul6"}),
     (in_a_scan, {"free", "matmul6", "a"}),
     (recurrent, {"before", "cell", "behind"}),
     (scanned, {"before", "cell", "behind"}),
     (lambda: recurrent(grows=True), {"before", "behind"}),
+    (lambda: in_a_loop(True), {"free", "matmul6"}),
+    (branching, {"before", "state", "wide"}),
+    (lambda: branching(own=False), {"before", "state", "wide"}),
 ]
 
 
@@ -557,7 +614,7 @@ def handed_on() -> onnx.ModelProto:
             "weight 'w11' comes in as a state that no turn changes",
             "export with the body reading it from out",
         ),
-        (lambda: in_a_loop(True), "If stands within it", "export without control flow in loops"),
+        (lambda: nested_loops(), "Loop stands within it", "export without loops in loops"),
     ],
 )
 def test_a_loop_that_stays_says_why(make: Callable[[], onnx.ModelProto], reason: str, remedy: str) -> None:
@@ -604,9 +661,26 @@ def a_loop_before_branches() -> onnx.ModelProto:
     return g.model(conv_of(g, g.node("If", condition, then_branch=one, else_branch=other, name="if"), 8))
 
 
+def branches_in_a_loop_in_a_branch() -> onnx.ModelProto:
+    g = Builder()
+    condition, x = g.input("condition", [], BOOL), wide(g)
+    within = turning(g, "t", 8)
+    parts = [stored(body([node("Conv", ["state", f"{n}_w"], n)], [], n), **{f"{n}_w": (14, 8, 1, 1)}) for n in "pq"]
+    within.node[1].CopyFrom(node("If", ["go"], "l1", then_branch=parts[0], else_branch=parts[1], name="within"))
+    del within.initializer[0]
+    steps = [
+        node("Conv", [x, "then_w"], "t", name="then"),
+        node("Loop", [g.const(3), g.const(True), "t"], "u", body=within, name="loop"),
+    ]
+    one = stored(body(steps, [], "u"), then_w=(8, 6, 1, 1))
+    other = stored(body([node("Conv", [x, "else_w"], "e")], [], "e"), else_w=(8, 6, 1, 1))
+    return g.model(conv_of(g, g.node("If", condition, then_branch=one, else_branch=other, name="if"), 8))
+
+
 BOTH: list[tuple[Callable[[], onnx.ModelProto], set[str]]] = [
     (a_loop_in_a_branch, {"free_a", "seen", "then", "within", "free_b"}),
     (a_loop_before_branches, {"free_a", "seen", "inner", "t", "within", "free_b"}),
+    (branches_in_a_loop_in_a_branch, {"free_a", "seen", "then", "p", "free_b"}),
 ]
 
 
