@@ -114,7 +114,7 @@ def limits(
         speedup = wanted.speedup
         if reachable < speedup:
             if not best_effort or reachable <= 1.0:
-                raise unreachable(analysis, wanted, reachable)
+                raise unreachable(analysis, wanted, reachable, _rounded(costs[wanted.by], before[wanted.by], least))
             speedup = reachable
         found.append(Limit(wanted.by, costs[wanted.by], before[wanted.by] / speedup))
     for name, most in wanted.most.items():
@@ -138,6 +138,14 @@ def unreachable(analysis: Analysis, wanted: Wanted, reachable: float, where: str
         f"{where}{_what_holds(analysis)} (see onnxprune inspect{further})",
         reachable,
     )
+
+
+def _rounded(cost: Cost, before: float, least: np.ndarray) -> str:
+    """A word on widths that have to be multiples, where narrower ones cost less."""
+    fewest = cost.total(np.ones_like(least)) if len(least) else 0.0
+    if not fewest or fewest >= cost.total(least):
+        return ""
+    return f" at widths that are multiples, which --round-to or --target asks for ({before / fewest:.3g} at any width)"
 
 
 def _what_holds(analysis: Analysis) -> str:

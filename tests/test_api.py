@@ -272,6 +272,13 @@ def test_an_absurd_speedup_is_refused_with_the_reachable_one() -> None:
     assert "an input of the graph" in str(caught.value) or "an output of the graph" in str(caught.value)
 
 
+def test_where_multiples_hold_a_speedup_it_is_said() -> None:
+    with pytest.raises(
+        UnreachableTarget, match=r"is 1 at widths that are multiples, .*--round-to .*\((\d+) at any width\)"
+    ):
+        small(chain(), speedup=2, round_to=64)
+
+
 def test_best_effort_goes_as_far_as_possible() -> None:
     result = small(chain(), speedup=1e6, best_effort=True)
     assert {len(kept) for kept in result.plan.kept.values()} == {1}
