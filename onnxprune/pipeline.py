@@ -204,7 +204,7 @@ class Chooser:
                 statistics = self.statistics[reader.index]
                 matrices = [solve(s, left, w, _RIDGE) for s, w in zip(statistics, reader.weights, strict=True)]
                 arrays |= stored_tensors(graph, reader.layer, np.stack(matrices))
-            return {name: without(array, silent.get(name)) for name, array in arrays.items()}
+            return {name: graph.silenced(name, silent.get(name), array) for name, array in arrays.items()}
 
         ranking = self.rankings[info.group.index]
         return Variants(sorted(tensors), (made(ranking.kept(k)) for k in counts), len(counts))
@@ -322,7 +322,7 @@ class Chooser:
             if len(self.kept[info.group.index]) < info.units and unfitted_weights(info, self.analysis, self.readers):
                 for name, gone in removed_weights(info, self.analysis, self.kept[info.group.index]).items():
                     silent[name] = gone | silent.get(name, False)
-        return silent, {name: without(self.analysis.graph.array(name), gone) for name, gone in silent.items()}
+        return silent, {name: self.analysis.graph.silenced(name, gone) for name, gone in silent.items()}
 
     def _is_cut(self, reader: Reader, counts: np.ndarray) -> bool:
         return any(counts[g] < self.analysis.groups[g].units for g in reader.columns)
@@ -336,7 +336,7 @@ class Chooser:
         """A reader's fits as stored tensors."""
         self._note(reader, fits)
         found = stored_tensors(self.analysis.graph, reader.layer, np.stack([f.weights for f in fits]))
-        found = {name: without(array, silent.get(name)) for name, array in found.items()}
+        found = {name: self.analysis.graph.silenced(name, silent.get(name), w) for name, w in found.items()}
         if self._fits(found):
             return found
         # the old ones stay, with zeros where units went
@@ -418,15 +418,6 @@ def stages(analysis: Analysis) -> list[int]:
     # the channels that a sampler chooses are made by nobody, but read
     around = [info.producers or info.consumers for info in analysis.groups]
     return [max((made.get(name, 0) for name in names), default=0) for names in around]
-
-
-def without(array: np.ndarray, gone: np.ndarray | None) -> np.ndarray:
-    """The array with zeros where the mask says so."""
-    if gone is None:
-        return array
-    array = array.copy()
-    array[gone] = 0
-    return array
 
 
 def removed_weights(info: GroupInfo, analysis: Analysis, kept: np.ndarray) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from onnxprune.batches import Batches, batch_size, sample_bytes
 from onnxprune.calibrate import Arrays, Sweep, collect
 from onnxprune.data import Calibration, load_calibration
 from onnxprune.joint import stored_tensors
-from onnxprune.pipeline import removed_weights, without
+from onnxprune.pipeline import removed_weights
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers
 from onnxprune.reconstruct import fit, solve
@@ -469,7 +469,7 @@ def test_what_is_changed_from_the_start_is_part_of_the_pruned_network() -> None:
     case = case_of("residual")
     info = next(i for i in case.analysis.groups if i.name == "stem")
     masks = removed_weights(info, case.analysis, np.array([0, 2]))
-    start = {name: without(case.analysis.graph.array(name), gone) for name, gone in masks.items()}
+    start = {name: case.analysis.graph.silenced(name, gone) for name, gone in masks.items()}
     visits = []
 
     def fitter(reader: Reader, folds: list[list[Statistics]], now: Arrays) -> Arrays:
