@@ -84,7 +84,7 @@ def silencing(graph: Graph, statistics: bool = False) -> frozenset[str]:
             found.update(node.inputs[k] for k in row.weights if k < len(node.inputs))
     for node in reversed(graph.nodes):
         if node.op in MOVING and set(node.outputs) & found and set(node.outputs) <= graph.computed_from_constants:
-            found.update(node.inputs)
+            found.update(node.inputs if node.op == "Concat" else node.inputs[:1])
     return frozenset(found - {""})
 
 

@@ -81,7 +81,7 @@ class Gram:
         self._sum(self._waiting.add(x))
 
     def _sum(self, found: tuple[np.ndarray, ...] | None) -> None:
-        if found:
+        if found and found[0].size:  # of nothing, BLAS prints a complaint to stdout
             x = found[0] if found[0].flags.f_contiguous else np.ascontiguousarray(found[0])
             # one triangle; BLAS takes the transpose of what C calls rows
             given, transposed = (x, 1) if x.flags.f_contiguous else (x.T, 0)

@@ -22,7 +22,7 @@ from onnxprune.readers import Reader, find_readers
 from onnxprune.reconstruct import fit, solve
 from onnxprune.runtime import expose
 from onnxprune.shelf import Shelf
-from onnxprune.statistics import Statistics
+from onnxprune.statistics import Gram, Statistics
 
 SAMPLES = 24
 
@@ -531,3 +531,11 @@ def test_targets_without_a_residual_sum_are_what_the_original_gave(kind: str) ->
     output = next(r.layer.output for r in readers if r.layer.node.label == "b")
     plain = run(expose(analysis.graph.model, [output]), data.feeds(range(SAMPLES)))[0]
     np.testing.assert_allclose(energies["b"], np.square(plain).sum(axis=(0, 2, 3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_part_without_rows_adds_nothing_and_nothing_is_printed(kind: type, capfd: pytest.CaptureFixture[str]) -> None:
+    gram = Gram(3)
+    gram.add(np.empty((0, 3), kind))
+    np.testing.assert_array_equal(gram.value, np.zeros((3, 3)))
+    assert capfd.readouterr() == ("", "")

@@ -352,3 +352,19 @@ def test_weights_of_four_bits_are_cut() -> None:
     assert result.report.achieved.macs == pytest.approx(2)
     kinds = {t.name: t.data_type for t in model.graph.initializer}
     assert all(kinds[t.name] == t.data_type for t in result.model.graph.initializer)
+
+
+def test_weights_that_training_left_rounded_along_their_filters_are_cut() -> None:
+    """Each filter has a scale of its own, which goes with it and is not silenced: nothing is divided by it then."""
+
+    def rounded(g: Builder, out: int, into: int, k: int) -> str:
+        weight = g.rng.standard_normal((out, into, k, k)) / np.sqrt(into * k * k)
+        how = (g.const(np.abs(weight).max((1, 2, 3)) / 127), g.const(np.zeros(out), dtype=np.int8))
+        return g.DequantizeLinear(g.QuantizeLinear(g.Clip(g.const(weight), g.const(-1.0)), *how, axis=0), *how, axis=0)
+
+    g = Builder()
+    x = g.Relu(g.node("Conv", g.input("x", [2, 3, 6, 6]), rounded(g, 12, 3, 3), g.weight(12), pads=[1] * 4, name="a"))
+    model = g.model(g.node("Conv", g.Sigmoid(x), rounded(g, 4, 12, 1), name="b"))
+    _, analysis, _, proof = pruned(model)
+    assert [info.name for info in analysis.groups] == ["a"]
+    assert proof.max_relative_difference < 1e-5
