@@ -286,14 +286,16 @@ def _removed(prepared: Prepared, plan: Plan) -> dict[str, dict[int, tuple[int, .
             order = node.attributes.get("perm", range(len(graph.stored(alias).dims))[::-1])
             if found.get(source) == {order[axis]: gone for axis, gone in found[alias].items()}:
                 del found[alias]  # follows from what it was turned from, which others read as well
-    for node in original.nodes:  # what an offset weight stands for, so that its zero is one: the file's is not
-        if node.op == "DequantizeLinear" and node.inputs[0] in found and node.inputs[0] in graph.zero_points:
-            found[node.outputs[0]] = found[node.inputs[0]]
+    copies = network.flat.copies
+    uneven = {origin for copy, origin in copies.items() if found.get(copy) != found.get(origin)}
+    for node in graph.nodes:  # what integers stand for, where a zero in the file is not one, or they are not cut alike
+        source = node.inputs[0] if node.op == "DequantizeLinear" else ""
+        if source in found and (source in graph.zero_points or copies.get(source, source) in uneven):
+            found[node.outputs[0]] = found[source]
     made = {name: axes for name, axes in found.items() if name not in known}
     if made and prepared.original.functions:  # which may turn what they are given
         inlined = Graph(inline_local_functions(prepared.original), original.folder)
         found = {**origins(inlined, made, prepared.runtime), **found}
-    uneven = {origin for copy, origin in network.flat.copies.items() if found.get(copy) != found.get(origin)}
     return {name: axes for name, axes in found.items() if name in known - uneven}
 
 

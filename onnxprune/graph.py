@@ -161,9 +161,12 @@ class Graph:
     def zero_points(self) -> dict[str, np.ndarray]:
         """Per stored tensor of integers the number that all its readers take for zero, where that is not zero itself.
 
-        It broadcasts against the tensor: along an axis there may be one for every position.
+        It broadcasts against the tensor: along an axis there may be one for every position. None in IR versions before
+        4, whose stored tensors are inputs: what the integers stand for cannot be given in place of them.
         """
-        found = {}
+        found: dict[str, np.ndarray] = {}
+        if self.model.ir_version < 4:
+            return found
         for node in self.nodes:
             name = node.inputs[0] if node.op == "DequantizeLinear" else ""
             point = self._zero_point(node) if name and self.is_stored(name) and name not in self.outputs else None

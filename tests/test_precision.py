@@ -354,6 +354,30 @@ def test_weights_of_four_bits_are_cut() -> None:
     assert all(kinds[t.name] == t.data_type for t in result.model.graph.initializer)
 
 
+def test_what_integers_stand_for_is_named_where_they_are_not_cut_alike() -> None:
+    """Small integers that two readers take for zero at unlike numbers: each has its own copy, and loses its own."""
+    g = Builder()
+    x = g.Relu(g.conv(g.input("x", [2, 3, 6, 6]), 12, name="a"))
+    stored = g.const(g.rng.integers(0, 256, (12, 12, 1, 1)), "integers", dtype=np.uint8)
+    for name, point in (("one", 117), ("two", 90)):
+        weight = g.node(
+            "DequantizeLinear", stored, g.const(0.01), g.const(point, dtype=np.uint8), name=f"{name}_weight"
+        )
+        x = g.Relu(g.node("Conv", x, weight, name=name))
+    removed = prune(g.model(g.conv(x, 4, name="last")), speedup=3, select="random", threads=1, samples=8).report.removed
+    assert "integers" not in removed
+    one, two = (removed[f"{name}_weight"] for name in ("one", "two"))
+    assert one != two and one.get(0) == two.get(1)  # what the first one makes, the second one reads
+
+
+def test_before_ir_4_a_weight_of_another_zero_stays() -> None:
+    g = Builder(opset=13, ir=3)
+    x = g.Relu(g.node("Conv", g.input("x", [2, 3, 6, 6]), g.weight(12, 3, 3, 3), name="a"))
+    x = g.Sigmoid(g.node("Conv", x, g.weight(10, 12, 1, 1), name="b"))
+    analysis = analysed(g.model(g.node("Conv", x, _offset(g, 4, 10, 1, 1), name="c")))[0]
+    assert [info.name for info in analysis.groups] == ["a"]
+
+
 def test_weights_that_training_left_rounded_along_their_filters_are_cut() -> None:
     """Each filter has a scale of its own, which goes with it and is not silenced: nothing is divided by it then."""
 
