@@ -35,4 +35,4 @@ class Effort:
 
 
 THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.25, 0.1), 2.0, 64, 256, True)
-QUICK = Effort(1000, 4, (0.7, 0.4, 0.1), 1.0, 32, 64, False)
+QUICK = Effort(1000, 4, (0.75, 0.45, 0.15), 1.0, 32, 64, False)

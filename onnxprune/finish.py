@@ -243,7 +243,8 @@ def _misses(wanted: Wanted, achieved: Achieved, after: Measures) -> list[str]:
     low, high = wanted.speedup * (1 - (MISSED if wanted.by == "latency" else 1e-9)), wanted.speedup * SLACK
     if ratio is not None and not (low <= ratio and (ratio <= high or not tight)):
         how = "measured" if wanted.by == "latency" else "counted"
-        found.append(f"asked for {wanted.speedup:g}x in {unit}, {how} {ratio:.3g}x: the widths allow no closer")
+        asked = f"asked for {wanted.speedup:g}x in {unit}, {how} {ratio:.3g}x"
+        found.append(f"{asked}: the widths allow no closer without losing more")
     for name, most in wanted.most.items():
         if after.counted()[name] > most:
             found.append(f"asked for at most {most:g} {UNITS[name]}, counted {after.counted()[name]:g}")

@@ -8,6 +8,9 @@ identity.
 
 from __future__ import annotations
 
+import functools
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,12 +21,14 @@ import onnxruntime as ort
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph, symbol
 from onnxprune.inference import infer
-from onnxprune.runtime import Runtime, expose, in_slices
+from onnxprune.runtime import Runtime, expose
 
 Feeds = Mapping[str, np.ndarray]
 
 # what they give has a size that depends on values: one run says nothing about another
 COUNTING = frozenset({"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "SequenceMap", "Unique"})
+_TENSOR = re.compile(r"tensor\((\w+)\)")  # as onnxruntime names types
+_OPSET = 17  # of Shape nodes in a model that has no operators of the default domain
 _KEEP_VALUES = 4096  # elements: shapes, indices and sizes are short; activations are not kept
 
 Sizes = tuple[int, int, int, int]  # (batch, height, width, any other dynamic dimension)
@@ -322,43 +327,68 @@ def _read_by_weights(graph: Graph, name: str) -> dict[int, int]:
 
 
 class _Prober:
-    """A session that shows every tensor."""
+    """Runs that show every tensor's shape and type, and the values of the short ones.
+
+    Each costs two runs of the model, and what these hold: one has Shape nodes on all tensors, so that none of them is
+    kept; the other gives those that came out short.
+    """
 
     def __init__(self, graph: Graph, runtime: Runtime) -> None:
         self.graph = graph
         self.runtime = replace(runtime, provider="cpu")
-        self.names = [name for node in graph.nodes for name in node.outputs if name]
-        self.sessions: dict[tuple[str, ...], ort.InferenceSession] = {}
         self.declared = {n: t.elem_type for n, t in infer(graph.model).items()} if runtime.as_float32 else {}
         self.float32 = {name for name, kind in self.declared.items() if kind == onnx.TensorProto.FLOAT}
+        self._last: tuple[list[str], ort.InferenceSession] | None = None  # short tensors, and what gives them
+
+    @functools.cached_property
+    def computed(self) -> dict[str, int]:
+        """Types in which the tensors are computed; sequences and the like have none."""
+        names = [name for node in self.graph.nodes for name in node.outputs if name]
+        session = self.runtime.session(expose(self.graph.model, names), optimise=False)
+        found = {}
+        for value in session.get_outputs():
+            kind = _TENSOR.fullmatch(value.type)
+            if kind is not None:
+                found[value.name] = int(onnx.TensorProto.DataType.Value(kind[1].upper()))
+        return found
+
+    @functools.cached_property
+    def _sizes(self) -> ort.InferenceSession:
+        model = expose(self.graph.model, [])
+        if not {"", "ai.onnx"} & {opset.domain for opset in model.opset_import}:
+            model.opset_import.append(onnx.helper.make_opsetid("", _OPSET))
+        for name, size in self._shown.items():
+            model.graph.node.append(onnx.helper.make_node("Shape", [name], [size]))
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(size))
+        return self.runtime.session(model, optimise=False)
+
+    @functools.cached_property
+    def _shown(self) -> dict[str, str]:
+        """Every tensor's name, to that of its shape."""
+        prefix = "shape"
+        while any(name.startswith(prefix) for name in (*self.computed, *self.graph.stored_names())):
+            prefix += "_"
+        return {name: f"{prefix}{k}" for k, name in enumerate(self.computed)}
 
     def run(self, feeds: Feeds) -> Probe:
-        given = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
-            for name, array in self.runtime.feeds(feeds).items()
-        }
+        given = self.runtime.feeds(feeds)
         shapes = {name: tuple(array.shape) for name, array in feeds.items()}
         shapes |= {name: tuple(t.dims) for name in self.graph.stored_names() for t in (self.graph.stored(name),)}
         types = {name: int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in feeds.items()}
         types |= {name: self.graph.stored(name).data_type for name in self.graph.stored_names()}
-        values: dict[str, np.ndarray] = {}
-        for name, value in in_slices(self.names, lambda names: self._session(names).run_with_ort_values(names, given)):
-            if value is None or not value.has_value() or not value.is_tensor():
-                continue
-            shapes[name] = tuple(value.shape())
-            computed = int(value.element_type())
+        short = []
+        for name, size in zip(self._shown, self._sizes.run(list(self._shown.values()), given), strict=True):
+            shapes[name] = tuple(int(n) for n in size)
+            computed = self.computed[name]
             # computed in float32 for want of kernels: its values are not those that the model has
             own = not self.runtime.as_float32 or computed != onnx.TensorProto.FLOAT or name in self.float32
             types[name] = computed if own else self.declared.get(name, computed)
-            short = int(np.prod(shapes[name], dtype=np.int64)) <= _KEEP_VALUES
-            if own and short and computed in _READABLE:
-                values[name] = value.numpy()
+            if own and math.prod(shapes[name]) <= _KEEP_VALUES and computed in _READABLE:
+                short.append(name)
+        if self._last is None or self._last[0] != short:
+            self._last = short, self.runtime.session(expose(self.graph.model, short), optimise=False)
+        values = dict(zip(short, self._last[1].run(short, given), strict=True)) if short else {}
         return Probe(feeds, shapes, values, types)
-
-    def _session(self, names: tuple[str, ...]) -> ort.InferenceSession:
-        if names not in self.sessions:
-            self.sessions[names] = self.runtime.session(expose(self.graph.model, names), optimise=False)
-        return self.sessions[names]
 
 
 _READABLE = frozenset(

@@ -329,7 +329,7 @@ def test_default_output_stands_beside_the_model(folder, capsys):
     after = listing(folder)
     assert set(after) - set(before) == {"model.pruned.onnx", "report.json"}
     assert {name: after[name] for name in before} == before
-    assert err == ""
+    assert all("allow no closer" in line for line in err.splitlines())  # of so few channels
     for word in ("group", "kept/total", "error", "MACs", "parameters", "file size", "latency", "top-1"):
         assert word in out
     onnx.checker.check_model(onnx.load("model.pruned.onnx"))
@@ -368,7 +368,7 @@ def test_json_is_the_only_thing_on_stdout(folder, capsys):
     found = json.loads(out)
     assert found["output"] == "model.pruned.onnx"
     assert found["schema_version"] == "1"
-    assert err == ""
+    assert all("allow no closer" in line for line in err.splitlines())
 
 
 def test_quiet_says_nothing(folder, capsys):
