@@ -365,8 +365,9 @@ class _Prober:
     @functools.cached_property
     def _shown(self) -> dict[str, str]:
         """Every tensor's name, to that of its shape."""
-        prefix = "shape"
-        while any(name.startswith(prefix) for name in (*self.computed, *self.graph.stored_names())):
+        prefix, graph = "/onnxprune/shape", self.graph
+        taken = [*graph.producer, *graph.stored_names(), *(spec.name for spec in graph.inputs)]
+        while any(name.startswith(prefix) for name in taken):
             prefix += "_"
         return {name: f"{prefix}{k}" for k, name in enumerate(self.computed)}
 
