@@ -29,6 +29,7 @@ from onnxprune.layers import Layer
 from onnxprune.readers import matrices_of
 from onnxprune.runtime import Runtime
 from onnxprune.segments import Piece, Segments
+from onnxprune.statistics import squared
 from onnxprune.unfold import Unfolding, from_matrices, out_positions
 
 ROUNDS = 2  # times that the pattern is looked at
@@ -240,7 +241,7 @@ def _look(net: Network, weights: Vector, data: BlockData, scales: Sequence[float
     missing, live, loss = [], [], 0.0
     for y, least, most, valid, scale in zip(outputs, data.least, data.most, data.valid, scales, strict=True):
         gap = (np.clip(y, least, most) - y) * valid
-        loss += scale * float(np.square(gap, dtype=np.float64).sum())
+        loss += scale * squared(gap)
         missing.append(gap)
         # a small change matters unless the limiter behind hides it
         live.append((valid & ((least == most) | (y < least) | (y > most))).astype(y.dtype))
@@ -401,7 +402,7 @@ def _path(problem: _Linear) -> list[Vector]:
     power = _dot(gradient, step)
     for left in reversed(range(STEPS)):
         moved = problem.forward(direction)
-        bend = sum(s * float(np.square(m, dtype=np.float64).sum()) for s, m in zip(problem.scales, moved, strict=True))
+        bend = sum(s * squared(m) for s, m in zip(problem.scales, moved, strict=True))
         if not power > 0.0 or not bend > 0.0:
             break
         length = power / bend

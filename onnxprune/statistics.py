@@ -47,6 +47,12 @@ class Statistics:
         return Statistics(gram, cross, np.einsum("po,po->o", weights, cross), rows)
 
 
+def squared(values: np.ndarray) -> float:
+    """The sum of the squares in float64, without a copy of them all in that."""
+    flat, step = values.reshape(-1), 1 << 20
+    return sum(float(np.square(flat[k : k + step], dtype=np.float64).sum()) for k in range(0, flat.size, step))
+
+
 class Together:
     """Rows that come in parts, handed on as many together: of a few rows a product takes as long as of many.
 

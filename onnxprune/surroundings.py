@@ -12,7 +12,7 @@ from onnxprune.graph import Graph, Node
 from onnxprune.readers import Reader
 from onnxprune.reconstruct import Saturation
 from onnxprune.shelf import Shelf, Shelved
-from onnxprune.statistics import Together
+from onnxprune.statistics import Together, squared
 
 _SAMPLE_BYTES = 256 << 20  # that rows kept for one reader may take, in memory or in files
 
@@ -159,7 +159,7 @@ class Samples:
         chosen = numbers % step == 0
         self.together = self.count * each * self.width // step
         offset = np.broadcast_to(self.shift, wanted.shape) if shortcut is None else shortcut + self.shift
-        self.energy += float(np.square(wanted[chosen], dtype=np.float64).sum())
+        self.energy += squared(wanted[chosen])
         self._keep(self.waiting.add(rows[chosen], *self.saturation.interval(wanted[chosen], offset[chosen])))
 
     def _keep(self, found: tuple[np.ndarray, ...] | None) -> None:

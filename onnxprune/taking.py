@@ -9,6 +9,7 @@ import numpy as np
 from onnxprune.answers import Answer
 from onnxprune.blocks import BlockData
 from onnxprune.readers import Reader
+from onnxprune.statistics import squared
 from onnxprune.surroundings import Behind
 from onnxprune.views import View
 
@@ -62,7 +63,7 @@ class Taking:
         for wanted, bounds, counts in zip(self.wanted, self.bounds, self.valid, strict=True):
             whole, there = np.concatenate(wanted), np.concatenate(counts)
             valid.append(there)
-            energy.append(float(np.square((whole - whole.mean()) * there, dtype=np.float64).sum()))
+            energy.append(squared((whole - whole.mean()) * there))
             least.append(np.concatenate([a for a, _ in bounds]) if bounds else whole)
             most.append(np.concatenate([b for _, b in bounds]) if bounds else whole)
         return BlockData(held, tuple(least), tuple(most), tuple(valid), tuple(energy))
