@@ -208,7 +208,7 @@ def test_what_is_as_good_behind_a_limiter_comes_out_of_it_alike(
     good = np.clip(now, least, most)
     np.testing.assert_allclose(behind(good), behind(wanted), atol=1e-12)
     # and nothing is nearer to what there is now than that
-    same = np.isclose(behind(now), behind(wanted), atol=1e-12) & (scale != 0)
+    same = np.isclose(behind(now), behind(wanted), rtol=0.0, atol=1e-12) & (scale != 0)
     np.testing.assert_allclose(good[same], now[same], atol=1e-9)
     cut_off = (behind(wanted) == limits[0]) | (behind(wanted) == limits[1])
     assert (least[~cut_off] == wanted[~cut_off]).all()
