@@ -232,7 +232,8 @@ def _family(
         and settings.stats is None
         and not all(within_reach(prepared, each) for each in wanted)
     ):
-        prepared = prepare(model, dataclasses.replace(settings, samplers=False), progress).warned(
+        settings = dataclasses.replace(settings, samplers=False)
+        prepared = prepare(model, settings, progress, prepared.calibration).warned(
             "no convolution samples what it reads (--no-samplers): the speed-up cannot be reached while streams keep"
             " their width"
         )

@@ -27,7 +27,8 @@ G_LOGGER.severity = G_LOGGER.ERROR  # it warns of types that NumPy lacks, which 
 _NOTES = "onnxprune."
 # what a stored zero passes as a zero: as it is, or as the number that is read as one
 MOVING = frozenset(
-    "Cast Concat Flatten Gather Identity QuantizeLinear Reshape Slice Split Squeeze Transpose Unsqueeze".split()  # noqa: SIM905
+    {"Cast", "Concat", "Flatten", "Gather", "Identity", "QuantizeLinear"}
+    | {"Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 )
 _NAMELESS = frozenset({"none", "null", "unk", "unknown", "dynamic"})  # names of sizes that need not be alike
 FLOATS = frozenset(

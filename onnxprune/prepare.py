@@ -170,8 +170,16 @@ class Prepared:
         )
 
 
-def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: Progress) -> Prepared:
+def prepare(
+    model: str | Path | onnx.ModelProto, settings: Settings, progress: Progress, calibration: Calibration | None = None
+) -> Prepared:
     """Read model and data and find the groups.
+
+    Args:
+        model: a file, or the model itself.
+        settings: of the run.
+        progress: of the run.
+        calibration: the data, where they were read before: an iterable gives them once.
 
     Raises:
         InputError: the model, the data or an option cannot be used.
@@ -183,7 +191,8 @@ def prepare(model: str | Path | onnx.ModelProto, settings: Settings, progress: P
         runtime, session = runtime.ready(original)
         graph = Graph(original, path.parent if path else None)
         kept = _kept(original, settings)
-        calibration = _load(graph, path, settings, runtime, session, kept)
+        if calibration is None:
+            calibration = _load(graph, path, settings, runtime, session, kept)
         del session
         fit_data, held_out = _split(calibration)
         data = DataEntry(calibration.source, len(calibration), calibration.digest, calibration.is_random)

@@ -37,7 +37,7 @@ X = np.random.default_rng(1).standard_normal((60, 3, 8, 8)).astype(np.float32)
 
 
 def small(model: onnx.ModelProto, **options: Any) -> Result:
-    return prune(model, data=X, threads=1, **{"speedup": 2.0, **options})
+    return prune(model, threads=1, **{"data": X, "speedup": 2.0, **options})
 
 
 def gathers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -153,5 +153,7 @@ def test_a_stream_is_cut_where_sampling_does_not_go_far_enough() -> None:
         result = small(model, speedup=6, **options)
         assert not gathers(result.model) and result.report.achieved.macs >= 6
         assert any("no convolution samples" in warning for warning in result.report.warnings)
+    once = (np.random.default_rng(k).standard_normal((3, 8, 8)).astype(np.float32) for k in range(40))
+    assert small(model, speedup=6, data=once).report.achieved.macs >= 6
     with pytest.raises(UnreachableTarget, match=r"the largest for this model is [2-9]\d"):
         small(model, speedup=1000)
