@@ -11,8 +11,6 @@ from onnx import numpy_helper
 
 def add_biases(model: onnx.ModelProto) -> list[str]:
     """Give every Conv, ConvTranspose and Gemm with stored weights a bias, in place; returns the new tensors' names."""
-    if model.ir_version < 4:  # a new stored tensor would be a new input
-        return []
     stored = {t.name: t for t in model.graph.initializer}
     taken = set(stored) | {o for node in model.graph.node for o in node.output}
     added = []

@@ -61,8 +61,6 @@ class OpenIf:
 
 def open_next(model: onnx.ModelProto) -> OpenIf | None:
     """Lay open the first `If` of the main graph that can be, in place."""
-    if model.ir_version < 4:  # a stored tensor of a branch would become an input of the model
-        return None
     defined: Counter[str] | None = None
     for index, node in enumerate(model.graph.node):
         if node.op_type != "If" or node.domain not in ("", "ai.onnx") or is_choice(node):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
+from onnx import helper
 
 from onnxprune.bodies import OpenIf, close_if, open_next
 from onnxprune.branches import inline_branch
@@ -24,12 +25,14 @@ class Flat:
     Attributes:
         model: computes what the nested one does, as far as both branches run on the same data.
         copies: constants that were copied for their users, and of what.
+        ir_version: of the file.
         opened: how each `If` and each loop is put back, in the order in which they were opened: branches, then loops,
             then branches in the bodies of those. Of loops the first turn is laid open beside them.
     """
 
     model: onnx.ModelProto
     copies: Mapping[str, str]
+    ir_version: int
     opened: tuple[OpenIf | OpenLoop, ...] = ()
 
     @property
@@ -53,8 +56,8 @@ class Flat:
         return _closed(model, self.opened[first:])
 
     def closed(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """A model that was made from the open one, its bodies put back; the model itself where there are none."""
-        return _closed(model, self.opened)
+        """A model that was made from the open one, its bodies put back, in the IR version of the file."""
+        return _in_version(_closed(model, self.opened), self.ir_version)
 
     @property
     def names(self) -> dict[str, str]:
@@ -76,6 +79,22 @@ def _closed(model: onnx.ModelProto, opened: Sequence[OpenIf | OpenLoop]) -> onnx
     return nested
 
 
+def _in_version(model: onnx.ModelProto, ir_version: int) -> onnx.ModelProto:
+    """The model in an earlier IR version, where a stored tensor has to be an input: new ones become Constant nodes."""
+    if ir_version >= model.ir_version:
+        return model
+    earlier = onnx.ModelProto()
+    earlier.CopyFrom(model)
+    earlier.ir_version = ir_version
+    listed = {value.name for value in model.graph.input}
+    new = [t for t in model.graph.initializer if t.name not in listed]
+    del earlier.graph.initializer[:], earlier.graph.node[:]
+    earlier.graph.initializer.extend(t for t in model.graph.initializer if t.name in listed)
+    earlier.graph.node.extend(helper.make_node("Constant", [], [t.name], value=t) for t in new)
+    earlier.graph.node.extend(model.graph.node)
+    return earlier
+
+
 def forms(graph: Graph, runtime: Runtime) -> list[Flat]:
     """A model, normalised: with all of its bodies laid open, then fewer of them, and last as it is.
 
@@ -86,10 +105,10 @@ def forms(graph: Graph, runtime: Runtime) -> list[Flat]:
         InputError: onnxruntime would compute something else than what the model says.
     """
     model, copies = normalise(graph, runtime)
-    found = [Flat(model, copies)]
+    found = [Flat(model, copies, graph.model.ir_version)]
     if any(True for node in model.graph.node for _ in bodies(node)):
         _refuse_repeated(model)
-        branches = flatten(model, copies)
+        branches = flatten(found[0])
         loops = _with_loops(branches)
         found = [form for form in (_with_their_branches(loops), loops, branches) if form.is_open] + found
     return [form for form, after in zip(found, [*found[1:], None], strict=True) if form is not after]
@@ -109,21 +128,16 @@ def _refuse_repeated(model: onnx.ModelProto) -> None:
                     )
 
 
-def flatten(model: onnx.ModelProto, copies: Mapping[str, str]) -> Flat:
-    """Lay open every `If` of a normalised model that can be; weights that branches move about stay where they are.
-
-    Args:
-        model: is left as it is.
-        copies: constants that normalisation copied, and of what.
-    """
+def flatten(form: Flat) -> Flat:
+    """The same with every `If` opened that can be, weights that branches move about staying; itself where none can."""
     flat = onnx.ModelProto()
-    flat.CopyFrom(model)
+    flat.CopyFrom(form.model)
     opened = []
     while (found := open_next(flat)) is not None:
         opened.append(found)
         while inline_branch(flat):
             pass
-    return Flat(flat, _unshared(flat, copies), tuple(opened)) if opened else Flat(model, copies)
+    return replace(form, model=flat, copies=_unshared(flat, form.copies), opened=tuple(opened)) if opened else form
 
 
 def _with_loops(form: Flat) -> Flat:
@@ -131,7 +145,9 @@ def _with_loops(form: Flat) -> Flat:
     flat = onnx.ModelProto()
     flat.CopyFrom(form.model)
     loops = tuple(open_loops(flat))
-    return Flat(flat, _unshared(flat, form.copies), (*form.opened, *loops)) if loops else form
+    if not loops:
+        return form
+    return replace(form, model=flat, copies=_unshared(flat, form.copies), opened=(*form.opened, *loops))
 
 
 def _with_their_branches(form: Flat) -> Flat:
@@ -144,7 +160,9 @@ def _with_their_branches(form: Flat) -> Flat:
     branches = []
     while form.loops and (found := open_next(flat)) is not None:
         branches.append(found)
-    return Flat(flat, _unshared(flat, form.copies), (*form.opened, *branches)) if branches else form
+    if not branches:
+        return form
+    return replace(form, model=flat, copies=_unshared(flat, form.copies), opened=(*form.opened, *branches))
 
 
 def _unshared(flat: onnx.ModelProto, copies: Mapping[str, str]) -> dict[str, str]:

@@ -162,15 +162,15 @@ class Graph:
     def zero_points(self) -> dict[str, np.ndarray]:
         """Per stored tensor of integers the number that all its readers take for zero, where that is not zero itself.
 
-        It broadcasts against the tensor: along an axis there may be one for every position. None in IR versions before
-        4, whose stored tensors are inputs: what the integers stand for cannot be given in place of them.
+        It broadcasts against the tensor: along an axis there may be one for every position. None of tensors that are
+        inputs as well: what the integers stand for cannot be given in place of them.
         """
         found: dict[str, np.ndarray] = {}
-        if self.model.ir_version < 4:
-            return found
+        fed = {value.name for value in self.model.graph.input}
         for node in self.nodes:
             name = node.inputs[0] if node.op == "DequantizeLinear" else ""
-            point = self._zero_point(node) if name and self.is_stored(name) and name not in self.outputs else None
+            own = name and self.is_stored(name) and name not in fed and name not in self.outputs
+            point = self._zero_point(node) if own else None
             if point is None or not np.any(point):
                 continue
             readers = self.consumers[name]

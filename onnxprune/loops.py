@@ -91,8 +91,6 @@ def why_closed(model: onnx.ModelProto, place: int, defined: Counter[str] | None 
     node = model.graph.node[place]
     (body,) = bodies(node)
     versions = {entry.domain: entry.version for entry in model.opset_import}
-    if model.ir_version < 4:
-        return "in IR versions before 4 its stored tensors would become inputs of the model; convert it to IR version 4"
     if versions.get("", versions.get("ai.onnx", 0)) < 9:
         return "before opset 9 a Scan had a batch; convert it to opset 9"
     turned = next((inner.op_type for inner in nodes_within(body) if inner.op_type != "If" and [*bodies(inner)]), "")

@@ -25,6 +25,7 @@ from onnxprune.runtime import Runtime, expose
 from onnxprune.sequences import unpack_sequences
 from onnxprune.tensors import graphs
 
+STORING = 4  # IR version from which on a stored tensor need not be an input
 _LARGEST_FOLDED = 1 << 20  # elements; larger results are folded only where they do not outgrow what they come from
 _LARGEST_COPY = 1 << 16  # elements
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear")
@@ -40,20 +41,22 @@ def normalise(graph: Graph, runtime: Runtime) -> tuple[onnx.ModelProto, dict[str
     """A model that computes the same, with constants folded and small constants given to each user.
 
     Returns:
-        the model, and per copied constant the name of the tensor that it is a copy of.
+        the model, of an IR version in which a stored tensor need not be an input, and per copied constant the name of
+        the tensor that it is a copy of.
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     if model.functions:
         model = inline_local_functions(model)
-    if model.ir_version >= 4:  # before, a stored tensor had to be an input, and new inputs change the model's face
-        _fold(model, graph.folder, runtime)
-        while inline_branch(model):
-            _fold(model, graph.folder, runtime)
-        used = used_names(model)
-        unpack_sequences(model, functools.partial(add_constant, model))
-        drop_unused(model, used)
-        _fill_apart(model)
+    fold = functools.partial(_fold, model, graph.folder, runtime, weights=model.ir_version >= STORING)
+    model.ir_version = max(model.ir_version, STORING)
+    fold()
+    while inline_branch(model):
+        fold()
+    used = used_names(model)
+    unpack_sequences(model, model.graph.initializer.append)
+    drop_unused(model, used)
+    _fill_apart(model)
     return model, unshare(model)
 
 
@@ -82,7 +85,11 @@ def _fill_apart(model: onnx.ModelProto) -> None:
             model.graph.node.insert(place + 1, copy)
 
 
-def _fold(model: onnx.ModelProto, folder: Path, runtime: Runtime) -> None:
+def _fold(model: onnx.ModelProto, folder: Path, runtime: Runtime, *, weights: bool) -> None:
+    """Store what depends on constants alone, in place; or, without ``weights``, what is no number in floating point.
+
+    In IR versions before 4 weights keep to their names in the file, where a tensor that was computed could not be one.
+    """
     graph = Graph(model, folder)
     constant = graph.computed_from_constants
     stays: set[str] = set()  # quantised weights; and what layers' weights give that are read as they are, too
@@ -106,7 +113,6 @@ def _fold(model: onnx.ModelProto, folder: Path, runtime: Runtime) -> None:
         return
     only = onnx.ModelProto()
     only.CopyFrom(model)
-    only.ir_version = max(only.ir_version, 4)  # initializers need not be inputs
     del only.graph.node[:], only.graph.input[:], only.graph.value_info[:]
     only.graph.node.extend(n for k, n in enumerate(model.graph.node) if k in folded or n.op_type == "Constant")
     values = runtime.session(expose(only, wanted), optimise=False).run(wanted, {})
@@ -117,7 +123,7 @@ def _fold(model: onnx.ModelProto, folder: Path, runtime: Runtime) -> None:
         if isinstance(value, np.ndarray)
         and value.size <= max(_LARGEST_FOLDED, largest)
         and name not in graph.outputs
-        and not (runtime.as_float32 and value.dtype.kind == "f")  # computed in another type than the model's
+        and (value.dtype.kind != "f" or (weights and not runtime.as_float32))  # not in another type than the model's
     }
     used = used_names(model)
     nodes = [n for k, n in enumerate(model.graph.node) if k not in folded or not set(n.output) <= {*keep, ""}]
@@ -126,7 +132,7 @@ def _fold(model: onnx.ModelProto, folder: Path, runtime: Runtime) -> None:
     model.graph.node.extend(nodes)
     for name, value in keep.items():
         if name not in present:
-            add_constant(model, numpy_helper.from_array(value, name))
+            model.graph.initializer.append(numpy_helper.from_array(value, name))
     drop_unused(model, used)
 
 
@@ -176,15 +182,6 @@ def drop_unused(model: onnx.ModelProto, before: set[str]) -> None:
         model.graph.initializer.extend(rest)
 
 
-def add_constant(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
-    """Store a new tensor: an initializer, or a Constant node where initializers have to be inputs (IR before 4)."""
-    if model.ir_version >= 4:
-        model.graph.initializer.append(tensor)
-    else:
-        node = onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
-        model.graph.node.insert(0, node)
-
-
 def _foldable(outputs: tuple[str, ...], constant: frozenset[str]) -> bool:
     return all(name in constant for name in outputs if name) and any(outputs)
 
@@ -228,6 +225,6 @@ def unshare(model: onnx.ModelProto) -> dict[str, str]:
             twin = onnx.TensorProto()
             twin.CopyFrom(tensor)
             twin.name = copy
-            add_constant(model, twin)
+            model.graph.initializer.append(twin)
             node.input[k] = copy
     return copies

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from onnxprune.analysis import Analysis, view
 from onnxprune.errors import OnnxPruneError
 from onnxprune.graph import Graph, Node
-from onnxprune.normalise import add_constant, drop_unused, used_names
+from onnxprune.normalise import drop_unused, used_names
 from onnxprune.plan import Plan, removed_positions
 from onnxprune.positions import AxisId
 from onnxprune.precision import NARROW, cast
@@ -330,12 +330,7 @@ class _Patcher:
 
     def _constant(self, base: str, value: np.ndarray) -> str:
         name = self._fresh(base)
-        if self.model.ir_version >= 4:
-            add_constant(self.model, numpy_helper.from_array(value, name))
-        else:
-            self.inserted.append(
-                (0, onnx.helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name)))
-            )
+        self.model.graph.initializer.append(numpy_helper.from_array(value, name))
         return name
 
     def _fresh(self, base: str) -> str:

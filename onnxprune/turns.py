@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx
 
 from onnxprune.bodies import all_names
-from onnxprune.flat import flatten
+from onnxprune.flat import Flat, flatten
 from onnxprune.graph import Graph, Node
 from onnxprune.loops import count_turns, first_turn, scanned_axis
 from onnxprune.macs import layers_within, mac_terms
@@ -62,7 +62,7 @@ def _one_turn(graph: Graph, node: Node, feeds: Feeds, runtime: Runtime) -> float
     kept = list(model.graph.node[: node.index])
     del model.graph.node[:], model.graph.value_info[:], model.graph.output[:]
     model.graph.node.extend([*kept, *turn.nodes])
-    laid = Graph(flatten(model, {}).model, graph.folder)
+    laid = Graph(flatten(Flat(model, {}, model.ir_version)).model, graph.folder)
     shapes = Shapes((run_probe(laid, feeds, runtime),))
     own = [other for other in laid.nodes if not before & set(other.outputs)]
     return sum(term.at(shapes) for other in own for term in mac_terms(other, shapes)) + sum(

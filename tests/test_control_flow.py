@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from builder import RUNTIME, Builder, analysed, laid_open, pruned, random_plan, run
+from builder import IR, RUNTIME, Builder, analysed, laid_open, pruned, random_plan, run
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.api import prune
@@ -42,9 +42,9 @@ def conv_of(g: Builder, x: str, channels: int) -> str:
     return g.node("Conv", y, g.weight(4, 10, 1, 1), name="last")
 
 
-def branches() -> onnx.ModelProto:
+def branches(ir: int = IR) -> onnx.ModelProto:
     """A condition that only the caller knows; one branch reads an activation, the other a layer's weight as well."""
-    g = Builder()
+    g = Builder(ir=ir)
     condition, x = g.input("condition", [], BOOL), wide(g)
     weight = g.weight(6, 6, 1, 1, name="shared")
     one = body([node("Conv", [x, weight], "u1"), node("Relu", ["u1"], "u")], [], "u")
@@ -304,6 +304,22 @@ def test_branches_that_cannot_be_laid_open_stay(make: Callable[[], onnx.ModelPro
     assert {group.name for group in result.report.groups} == {"free_a", "free_b"}
     assert any("has a body" in f.reason and "seen" in f.layers for f in result.report.frozen)
     assert any("are not counted" in warning for warning in result.report.warnings)
+
+
+def test_in_a_file_of_ir_3_new_tensors_are_constants() -> None:
+    """There every initializer is an input, and the inputs stay; layers without a bias get one, and branches are cut."""
+    model = branches(ir=3)
+    result = prune(model, speedup=1.5, samples=8, threads=1, samplers=False)
+    assert {"free_a", "seen", "free_b"} == {group.name for group in result.report.groups}
+    new = result.model
+    assert new.ir_version == 3
+    assert [i.name for i in new.graph.input] == [i.name for i in model.graph.input]
+    assert {t.name for t in new.graph.initializer} <= {i.name for i in new.graph.input}
+    biases = {n.output[0] for n in new.graph.node if n.op_type == "Constant"}
+    assert {"sharing.bias", "u1.bias"} <= biases
+    onnx.checker.check_model(new)
+    feeds = {"condition": np.array(True), "x": np.ones((2, 3, 6, 6), np.float32)}
+    assert np.isfinite(run(new, feeds)[0]).all()
 
 
 def test_both_branches_are_counted() -> None:
