@@ -39,8 +39,11 @@ def read(path: Path) -> Contents:
         OSError: it cannot be read at all.
     """
     try:
+        with path.open("rb") as opened:
+            if not zipfile.is_zipfile(opened):
+                raise Damaged("another kind of file, or a part of one")
         with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile) or "about" not in file:
+            if "about" not in file:
                 raise Damaged("another kind of file")
             found = json.loads(str(file["about"][()]))
             arrays = {str(name): file[f"array{k}"] for k, name in enumerate(found["names"])}

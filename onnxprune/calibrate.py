@@ -22,7 +22,7 @@ from onnxprune.joint import Network
 from onnxprune.memory import Room
 from onnxprune.precision import NARROW, float32_copy, types
 from onnxprune.progress import Progress
-from onnxprune.readers import Reader
+from onnxprune.readers import Reader, check_finite
 from onnxprune.runtime import Runtime
 from onnxprune.segments import Piece, Segments, late_order
 from onnxprune.shelf import Shelf, Shelved
@@ -57,6 +57,9 @@ def collect(
 
     Returns:
         per reader, per group of its convolution, the statistics of the original network: target X @ W.
+
+    Raises:
+        InputError: there is something that cannot be summed.
     """
     segments = Segments(analysis.graph, range(len(analysis.graph.nodes)), runtime, analysis.shapes)
     grams = [[Gram(r.width) for _ in r.weights] for r in readers]
@@ -85,10 +88,13 @@ def collect(
             del x
         del found  # before the next batch comes
         progress.advance(len(part))
-    return [
+    sums = [
         [Statistics.of_linear(gram.value, weights, rows[k]) for gram, weights in zip(grams[k], r.weights, strict=True)]
         for k, r in enumerate(readers)
     ]
+    for reader, parts in zip(readers, sums, strict=True):
+        check_finite(reader, parts, "the network")
+    return sums
 
 
 def _is_fixed(analysis: Analysis, reader: Reader) -> bool:
@@ -191,7 +197,9 @@ class Sweep:
                     for block in [b for b in blocks if done[id(b)] is None]:
                         taking[id(block)].add(batch, reader, behind, answers.in_view(reader, batch), tensors)
                 if known is None:
-                    known = fit(reader, [[sums.statistics for sums in part] for part in folds], samples)
+                    found = [[sums.statistics for sums in part] for part in folds]
+                    check_finite(reader, (each for part in found for each in part), "the network as pruned so far")
+                    known = fit(reader, found, samples)
                 self.arrays |= known
                 for block in [b for b in blocks if self._ends[id(b)] == start]:
                     taken, changed = taking.pop(id(block)), done[id(block)]

@@ -35,7 +35,8 @@ class Fidelity:
 
     ``agreement`` is the share of samples with the same most probable class, with its Wilson 95 % interval;
     None where the first floating-point output is not of the form [samples, classes]. ``relative_error`` holds
-    per floating-point output ‖a - b‖ / ‖a‖ over all the data (infinite where the shapes differ).
+    per floating-point output ‖a - b‖ / ‖a‖ over all the data (infinite where the shapes differ, NaN where numbers are
+    not finite).
     """
 
     samples: int
@@ -44,6 +45,15 @@ class Fidelity:
     agreement_high: float | None
     relative_error: Mapping[str, float]
     is_random: bool
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What cannot be said, for people."""
+        return tuple(
+            f"output {name!r} has NaN or infinite numbers in it: how alike the two models are there cannot be said"
+            for name, error in self.relative_error.items()
+            if math.isnan(error)
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ def compare(
     one = calibration.feeds([0])
     found = findings(first, one, runtime)
     sides = [_side(*each, one, found) for each in zip(names, (first, second), latencies, strict=True)]
-    warnings = (*calibration.warnings, *runtime.fallen)
+    warnings = (*calibration.warnings, *runtime.fallen, *fidelity.doubts)
     fed = next((len(array) for array in feeds.values() if array.ndim), 1)
     return Comparison(sides[0], sides[1], fidelity, calibration.source, fed, warnings)
 
@@ -208,7 +218,8 @@ class _Tally:
                 continue
             same = a.shape == b.shape
             wide = a.astype(np.float64)
-            gap = float(np.square(wide - b.astype(np.float64)).sum()) if same else math.inf
+            with np.errstate(invalid="ignore", over="ignore"):  # infinite ones: `Fidelity.doubts` says so
+                gap = float(np.square(wide - b.astype(np.float64)).sum()) if same else math.inf
             self.norm[name] = self.norm.get(name, 0.0) + float(np.square(wide).sum())
             self.gap[name] = self.gap.get(name, 0.0) + gap
             if first:

@@ -158,7 +158,8 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
     if entry is not None:
         achieved = replace(achieved, latency=entry.measured.ratio)
         warnings += entry.doubts()
-    warnings += [*runtime.fallen, *chooser.notes, *_misses(wanted, achieved, after)]
+    doubts = fidelity.doubts if fidelity is not None else ()
+    warnings += [*runtime.fallen, *chooser.notes, *doubts, *_misses(wanted, achieved, after)]
     report = Report(
         target=Target(wanted.speedup, wanted.by),
         limits=wanted.most,

@@ -367,7 +367,8 @@ def _warnings(
         counted = "are counted as often as the first sample runs them" if analysis.nominal.turns else "are not counted"
         found.append(f"{hidden} layers in bodies of If, Loop or Scan stay as they are, and {counted}")
     if kept is None and len(calibration) < _FEWEST_TO_SPLIT:
-        found.append(f"only {len(calibration)} samples: fidelity is measured on those that the weights were fitted to")
+        count = f"{len(calibration)} sample{'s' if len(calibration) > 1 else ''}"
+        found.append(f"only {count}: fidelity is measured on those that the weights were fitted to")
     if settings.reconstruct:
         found += _quantised(analysis)
     return found

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnxprune.analysis import Analysis
+from onnxprune.errors import InputError
 from onnxprune.layers import Layer
+from onnxprune.statistics import Statistics
 from onnxprune.unfold import Unfolding, columns_of, to_matrices
 
 MAX_COLUMNS = 8192  # a Gram matrix of this many columns takes half a GiB; wider readers keep their weights
@@ -29,6 +31,20 @@ class Reader:
     def width(self) -> int:
         """Columns of the unfolded input, the bias among them."""
         return int(self.weights.shape[1])
+
+
+def check_finite(reader: Reader, sums: Iterable[Statistics], network: str) -> None:
+    """Refuse sums that nothing can be chosen or fitted by.
+
+    Raises:
+        InputError: the network computes NaN, infinity or numbers that cannot be squared there.
+    """
+    if not all(each.is_finite for each in sums):
+        raise InputError(
+            f"{network} has NaN, infinite numbers, or some that are too large to be squared, at layer"
+            f" {reader.layer.node.label!r}; mend its weights or the scale of the data, prune it in float32 where it is"
+            " in float16, or go by the weights alone (--select l1 --no-reconstruct)"
+        )
 
 
 def find_readers(analysis: Analysis) -> tuple[Reader, ...]:

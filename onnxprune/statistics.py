@@ -31,6 +31,11 @@ class Statistics:
             self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.rows + other.rows
         )
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether everything could be summed: nothing was NaN, infinite, or too large to be squared."""
+        return all(bool(np.isfinite(array).all()) for array in (self.gram, self.cross, self.energy))
+
     def of(self, columns: np.ndarray) -> Statistics:
         """Of some of the columns alone."""
         return Statistics(self.gram[np.ix_(columns, columns)], self.cross[columns], self.energy, self.rows)
@@ -43,8 +48,9 @@ class Statistics:
     @staticmethod
     def of_linear(gram: np.ndarray, weights: np.ndarray, rows: int) -> Statistics:
         """Statistics of a target that is ``X @ weights`` itself, as in the original network."""
-        cross = gram @ weights
-        return Statistics(gram, cross, np.einsum("po,po->o", weights, cross), rows)
+        with np.errstate(invalid="ignore", over="ignore"):  # `is_finite` says so
+            cross = gram @ weights
+            return Statistics(gram, cross, np.einsum("po,po->o", weights, cross), rows)
 
 
 def squared(values: np.ndarray) -> float:

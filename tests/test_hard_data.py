@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from builder import Builder
+from onnx import numpy_helper
 from test_api import accuracy, pruned
 
 from onnxprune.api import prune
@@ -100,3 +101,17 @@ def test_a_batch_that_is_dynamic_in_name_alone() -> None:
     model, rng = g.model(first), np.random.default_rng(0)
     for data in (None, {"x": rng.standard_normal((9, 3, 6, 6)).astype(np.float32)}):
         assert prune(model, speedup=1.2, samples=9, data=data, threads=1).report.achieved.macs >= 1.2
+
+
+@pytest.mark.parametrize(("weight", "scale"), [(np.nan, 1.0), (np.inf, 1.0), (1.0, 1e20)])
+def test_what_cannot_be_summed_is_refused_with_a_sentence(weight: float, scale: float) -> None:
+    model = any_size()
+    changed = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    changed[0, 0] *= weight
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(changed, model.graph.initializer[0].name))
+    data = np.random.default_rng(0).standard_normal((24, 3, 8, 8)).astype(np.float32) * np.float32(scale)
+    with pytest.raises(InputError, match=r"NaN, infinite numbers, or some that are too large.* at layer 'conv\d"):
+        prune(model, data=data, threads=1)
+    by_weights = prune(model, data=data, threads=1, select="l1", reconstruct=False).report
+    assert by_weights.achieved.macs >= 2
+    assert any("how alike the two models are there cannot be said" in w for w in by_weights.warnings) == (scale == 1)
