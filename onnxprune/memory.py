@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,30 @@ def free(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
             continue
         found = min(found, max(left, 0))
     return found
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Have an allocation fail that goes beyond half of what is free, before the system ends processes for it.
+
+    Where the system knows no such limit nothing is bounded.
+    """
+    try:
+        import resource  # not on Windows
+
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        most = taken + free() // 2
+        resource.setrlimit(
+            resource.RLIMIT_AS, (most if before[0] == resource.RLIM_INFINITY else min(most, before[0]), before[1])
+        )
+    except (ImportError, OSError, ValueError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def text(size: int) -> str:

@@ -8,6 +8,7 @@ identity.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -21,6 +22,7 @@ import onnxruntime as ort
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph, symbol
 from onnxprune.inference import infer
+from onnxprune.memory import bounded
 from onnxprune.runtime import Runtime, expose
 
 Feeds = Mapping[str, np.ndarray]
@@ -28,6 +30,7 @@ Feeds = Mapping[str, np.ndarray]
 # what they give has a size that depends on values: one run says nothing about another
 COUNTING = frozenset({"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "SequenceMap", "Unique"})
 _TENSOR = re.compile(r"tensor\((\w+)\)")  # as onnxruntime names types
+_NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # what onnxruntime says
 _OPSET = 17  # of Shape nodes in a model that has no operators of the default domain
 _KEEP_VALUES = 4096  # elements: shapes, indices and sizes are short; activations are not kept
 
@@ -194,6 +197,7 @@ class _Search:
         self.prober = prober
         self.seed = seed
         self.error: Exception | None = None
+        self.too_large: list[Sizes] = []  # for the memory that there is
         self.inner_batch = False
         dynamic = [(spec, axis) for spec in graph.inputs for axis, dim in enumerate(spec.shape) if dim is None and axis]
         kinds = {_spatial(spec.shape, axis) for spec, axis in dynamic}
@@ -228,11 +232,16 @@ class _Search:
         return runs
 
     def run(self, sizes: Sizes) -> Probe | None:
-        """A probe at these sizes; None where the model does not run."""
+        """A probe at these sizes; None where the model does not run, or takes more memory than there is."""
+        if any(all(a >= b for a, b in zip(sizes[1:], large[1:], strict=True)) for large in self.too_large):
+            return None
         try:
-            return self.prober.run(random_feeds(self.graph, sizes, self.seed, inner_batch=self.inner_batch))
+            feeds = random_feeds(self.graph, sizes, self.seed, inner_batch=self.inner_batch)
+            return self.prober.run(feeds, guessed=True)
         except Exception as failure:
             self.error = failure
+            if isinstance(failure, MemoryError) or any(said in str(failure) for said in _NO_MEMORY):
+                self.too_large.append(sizes)
             return None
 
     def singles(self) -> Iterator[Sizes]:
@@ -371,14 +380,19 @@ class _Prober:
             prefix += "_"
         return {name: f"{prefix}{k}" for k, name in enumerate(self.computed)}
 
-    def run(self, feeds: Feeds) -> Probe:
+    def run(self, feeds: Feeds, *, guessed: bool = False) -> Probe:
+        """A probe; at sizes that nobody asked for, memory is bounded."""
+        guard = bounded if guessed else contextlib.nullcontext
         given = self.runtime.feeds(feeds)
         shapes = {name: tuple(array.shape) for name, array in feeds.items()}
         shapes |= {name: tuple(t.dims) for name in self.graph.stored_names() for t in (self.graph.stored(name),)}
         types = {name: int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in feeds.items()}
         types |= {name: self.graph.stored(name).data_type for name in self.graph.stored_names()}
         short = []
-        for name, size in zip(self._shown, self._sizes.run(list(self._shown.values()), given), strict=True):
+        session, names = self._sizes, list(self._shown.values())
+        with guard():
+            sizes = session.run(names, given)
+        for name, size in zip(self._shown, sizes, strict=True):
             shapes[name] = tuple(int(n) for n in size)
             computed = self.computed[name]
             # computed in float32 for want of kernels: its values are not those that the model has
@@ -388,7 +402,8 @@ class _Prober:
                 short.append(name)
         if self._last is None or self._last[0] != short:
             self._last = short, self.runtime.session(expose(self.graph.model, short), optimise=False)
-        values = dict(zip(short, self._last[1].run(short, given), strict=True)) if short else {}
+        with guard():
+            values = dict(zip(short, self._last[1].run(short, given), strict=True)) if short else {}
         return Probe(feeds, shapes, values, types)
 
 

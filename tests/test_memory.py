@@ -13,7 +13,9 @@ from click.testing import CliRunner
 from onnxprune import memory, options, prune
 from onnxprune.cli import cli
 from onnxprune.errors import InputError
+from onnxprune.graph import Graph
 from onnxprune.memory import MIB, Room
+from onnxprune.probe import probe
 from onnxprune.runtime import expose, in_slices
 from onnxprune.shelf import Shelf
 
@@ -168,3 +170,19 @@ def test_slices_give_every_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({len(part) for part in asked}) > 1  # small tensors come many at a time
     for name in names:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="other systems than Linux know no such limit")
+def test_sizes_that_do_not_fit_into_memory_are_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pixels with all pixels: at the first sizes that are tried the products take half a GiB."""
+    resource = pytest.importorskip("resource")
+    g = Builder()
+    x = g.Relu(g.conv(g.input("x", ["n", 3, "h", "w"]), 8))
+    tokens = g.Reshape(x, g.const([0, 8, -1]))
+    scores = g.MatMul(g.Transpose(tokens, perm=[0, 2, 1]), tokens)
+    model = g.model(g.MatMul(tokens, g.Softmax(scores, axis=-1)))
+    monkeypatch.setattr("onnxprune.memory.free", lambda: 256 << 20)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    probes = probe(Graph(model), RUNTIME).probes
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert [max(found.shapes["x"][2:]) for found in probes] == [24, 24]
