@@ -118,7 +118,8 @@ class BoundRelation:
     ``zero`` says when a slice of the outputs is zero: one of its clauses holds, that is, the slice is zero in all
     inputs that the clause names. ``silenced`` are the inputs whose removed slices are made zero: stored weights.
     ``varying`` are letters of product axes whose size depends on the data: a batch beside heads. ``approximable`` says
-    that what is mixed or summed is a statistic, which fewer channels still give approximately.
+    that what is mixed or summed is a statistic, which fewer channels still give approximately. ``poles`` are the inputs
+    of which a slice of zeros gives what is not finite.
     """
 
     inputs: tuple[tuple[BoundAxis, ...], ...]
@@ -129,6 +130,7 @@ class BoundRelation:
     silenced: frozenset[int] = frozenset()
     varying: frozenset[str] = frozenset()
     approximable: bool = False
+    poles: frozenset[int] = frozenset()
 
     def __str__(self) -> str:
         sides = (", ".join(" ".join(map(str, operand)) for operand in side) for side in (self.inputs, self.outputs))

@@ -107,6 +107,8 @@ class _Builder:
             statistic = relation.approximable
             whole |= dict.fromkeys(mixed, (Kind.NORMALISED if statistic else Kind.MIXED, mixes))
             whole |= dict.fromkeys(sorted(open_sums), (Kind.NORMALISED if statistic else Kind.SUMMED, sums))
+        pole = f"{statement.op} of zeros, as a silenced channel has them there, is not finite"
+        whole |= dict.fromkeys(sorted(self._poles(statement, relation)), (Kind.POLE, pole))
         for axis_id, bound in occurrences:
             if bound.letters and set(bound.letters) <= set(whole):
                 self.freeze_statement(statement, *whole[bound.letters[0]], [axis_id])
@@ -124,6 +126,17 @@ class _Builder:
             for axis, bound in enumerate(relation.inputs[k])
             if letter in bound.letters
         )
+
+    def _poles(self, statement: Statement, relation: BoundRelation) -> set[str]:
+        """Letters along which silenced slices are zero in an input that must not be."""
+        return {
+            letter
+            for k in relation.poles
+            if k < len(relation.inputs)
+            for axis, bound in enumerate(relation.inputs[k])
+            if (statement.inputs[k], axis) in self.zero
+            for letter in bound.letters
+        }
 
     def _note_zeros(self, statement: Statement, relation: BoundRelation) -> None:
         """Note the output axes whose silenced slices are zero: a clause of the relation holds for every letter."""

@@ -47,6 +47,7 @@ class Kind(enum.StrEnum):
     MIXED = "mixed"  # all values of the axis are needed
     NORMALISED = "normalised"  # a statistic of all values is needed, which fewer would give approximately
     SUMMED = "summed"  # summed up, and a silenced channel is not zero
+    POLE = "pole"  # a silenced channel is zero, and what comes of that is not finite
     PRODUCT = "product"  # a product of factors of which another one is cut
     SAMPLED = "sampled"  # readers choose among the channels instead
     STATED = "stated"  # a size is stated in a way that cannot be mended

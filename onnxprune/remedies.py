@@ -18,6 +18,7 @@ REMEDIES = {
     Kind.NORMALISED: "nothing that is exact; with --approximate {op} goes by the channels that are left",
     Kind.SUMMED: "before {op} an activation that maps zero to zero (Relu, not Sigmoid), or stored weights on one side"
     " (quantised ones read with one stored zero point)",
+    Kind.POLE: "a small number added before {op}, so that nothing is divided by zero",
     Kind.PRODUCT: "nothing while the other factor is cut; --exclude the layers of that group to cut this one instead",
     Kind.SAMPLED: "--no-samplers cuts the stream itself, for all its readers alike",
     Kind.STATED: "an export in which the size is a constant, or follows from Shape; simplifying the model may do",

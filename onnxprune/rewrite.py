@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
 from onnxprune.analysis import Analysis, view
+from onnxprune.bodies import rename
 from onnxprune.errors import OnnxPruneError
 from onnxprune.graph import Graph, Node
 from onnxprune.normalise import drop_unused, used_names
@@ -144,6 +145,9 @@ def _repair_nodes(model: onnx.ModelProto, analysis: Analysis, cut: _Cut) -> None
         left = cut.kept.get((graph.nodes[index].inputs[1], 1))
         if left is not None:
             patcher.sample(graph.nodes[index], left)
+    for name in graph.outputs:  # a size that the caller reads keeps its number, too
+        if name in sizes.known and all(left is None for left in cut.of(name)):
+            patcher.give_out(name, [p.values[name] for p in shapes.probes])
     patcher.apply(wanted)
 
 
@@ -179,6 +183,7 @@ class _Patcher:
         self.counting = any(node.op in COUNTING for node in graph.nodes)
         self.taken = {name for node in graph.nodes for name in node.outputs} | set(graph.initializers)
         self.inserted: list[tuple[int, onnx.NodeProto]] = []
+        self.given_out: dict[str, str] = {}
 
     def apply(self, wanted: dict[tuple[int, int], list[np.ndarray]]) -> None:
         read = ((*node.inputs, *(() if node.turn else node.captured)) for node in self.graph.nodes)
@@ -198,6 +203,24 @@ class _Patcher:
         self.inserted.sort(key=lambda pair: pair[0])
         for index, node in reversed(self.inserted):  # the last one first: nodes at one place keep their order
             self.model.graph.node.insert(index, node)
+        for name, result in self.given_out.items():
+            inside = self._fresh(f"{name}_counted")
+            rename(self.model.graph, {name: inside})
+            next(o for o in self.model.graph.output if o.name == inside).name = name
+            nodes, used = self.model.graph.node, used_names(self.model)
+            maker = next(k for k, node in enumerate(nodes) if inside in node.output)
+            if used.isdisjoint(nodes[maker].output):
+                del nodes[maker]
+            self.model.graph.node.append(onnx.helper.make_node("Identity", [result], [name], name=f"{inside}_before"))
+
+    def give_out(self, name: str, values: list[np.ndarray]) -> None:
+        """Let an output of the graph hold these values at the probes, whatever else is made of it."""
+        end = replace(self.graph.producer[name], index=len(self.graph.nodes))
+        now = [self.sizes.after(name, which) for which in range(len(values))]
+        if any(not np.array_equal(a, b) for a, b in zip(now, values, strict=True)):
+            same = not self._may_vary(name) and all(np.array_equal(values[0], other) for other in values)
+            kept = self._constant(f"{name}_kept", values[0]) if same else self._mix(end, name, now, values)
+            self.given_out[name] = kept
 
     def scale(self, node: Node, factor: float) -> None:
         """Multiply a node's output; the product takes over its name.

@@ -574,3 +574,50 @@ def test_heads_beside_the_batch_are_counted_at_any_size() -> None:
     plan = random_plan(analysis)
     new = rewrite(analysis, plan)
     assert CostModel(there).total(plan.counts(analysis)) == count_model_macs(new, data)
+
+
+@pytest.mark.parametrize("sizes", [("h", "w"), (9, 12)])
+def test_sizes_that_the_caller_reads_keep_their_numbers(sizes: tuple[int | str, int | str]) -> None:
+    """Some that a Reshape and a scale inside follow, too."""
+    g = Builder(opset=13)
+    x = g.Relu(g.conv(g.Relu(g.conv(g.input("x", ["n", 3, *sizes]), 10, name="a")), 8, name="b"))
+    shape = g.Shape(x)
+    channels = g.Gather(shape, g.const(1))
+    y = g.Reshape(g.Div(x, g.Sqrt(g.Cast(channels, to=TensorProto.FLOAT))), shape)
+    outputs = [shape, g.Mul(channels, g.const(3)), g.Size(x), g.Cast(g.Shape(y), to=TensorProto.FLOAT)]
+    model = g.model(g.node("Conv", y, g.weight(3, 8, 1, 1)), *outputs)
+    new, analysis, _, proof = pruned(model)
+    assert {info.name for info in analysis.groups} == {"a", "b"} and proof.max_relative_difference < 1e-5
+    assert [o.name for o in new.graph.output] == [o.name for o in model.graph.output]
+    for probe in analysis.shapes.probes:
+        for before, after in zip(run(model, probe.feeds)[1:], run(new, probe.feeds)[1:], strict=True):
+            np.testing.assert_array_equal(after, before)
+
+
+def _over(of: str) -> Callable[[Builder, str], str]:
+    return lambda g, x: g.Div(x, g.node(of, x, axes=[2, 3], keepdims=1))
+
+
+@pytest.mark.parametrize(
+    ("pole", "free"),
+    [
+        (_over("ReduceMax"), False),
+        (_over("ReduceL2"), False),
+        (lambda g, x: g.Mul(x, g.Reciprocal(g.ReduceMean(x, axes=[2, 3], keepdims=1))), False),
+        (lambda g, x: g.Mul(x, g.Pow(g.ReduceMean(x, axes=[2, 3], keepdims=1), g.const(-0.5))), False),
+        (lambda g, x: g.Log(x), False),
+        (lambda g, x: g.MeanVarianceNormalization(x, axes=[0, 2, 3]), False),
+        (lambda g, x: g.Div(x, g.Add(g.ReduceMax(x, axes=[2, 3], keepdims=1), g.const(1e-6))), True),
+        (lambda g, x: g.Log(g.Sigmoid(x)), True),
+        (lambda g, x: g.Div(x, g.const(2.0)), True),
+    ],
+)
+def test_where_zeros_are_not_finite_no_channel_is_silenced(pole: Callable[[Builder, str], str], free: bool) -> None:
+    g = Builder(opset=13)
+    x = g.Relu(g.conv(g.Relu(g.conv(image(g), 10, name="before")), 8, name="normalised"))
+    model = g.model(g.conv(pole(g, x), 3))
+    assert {info.name for info in analysed(model)[0].groups} == {"before", *(["normalised"] if free else [])}
+    _, analysis, _, proof = pruned(model)
+    assert proof.max_relative_difference < 1e-5
+    if not free:
+        assert any(found.remedy.startswith("a small number added") for found in analysis.frozen)

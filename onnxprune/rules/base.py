@@ -104,7 +104,8 @@ class Row:
     compute as if the channel were not there. ``sizes`` gives letters that shapes do not determine. ``zero`` says when a
     slice of the outputs is zero (see `onnxprune.axes.BoundRelation`); never, unless it says so. ``approximable``: what
     it mixes or sums is a statistic (a mean, a variance), which fewer channels still give approximately; a repair then
-    makes up for the channels that went as if they were zero.
+    makes up for the channels that went as if they were zero. ``poles`` are the inputs of which zeros give what is not
+    finite, so that no channel can be silenced there.
     """
 
     describe: Describe | str | Refusal
@@ -114,6 +115,7 @@ class Row:
     weights: tuple[int, ...] = ()
     zero: Clauses | Callable[[OpView], Clauses] = ()
     approximable: bool = False
+    poles: tuple[int, ...] | Callable[[OpView], tuple[int, ...]] = ()
 
 
 Table = dict[tuple[str, str], list[Row]]
@@ -159,7 +161,8 @@ def describe(op: OpView, row: Row | None = None) -> BoundRelation | Refusal:
     if zero == ALL:
         zero = (tuple(range(len(op.in_sizes))),)
     silenced = frozenset(k for k in row.weights if k < len(op.constant) and op.constant[k])
-    return replace(bound, zero=zero, silenced=silenced, varying=varying, approximable=row.approximable)
+    poles = frozenset(row.poles(op) if callable(row.poles) else row.poles)
+    return replace(bound, zero=zero, silenced=silenced, varying=varying, approximable=row.approximable, poles=poles)
 
 
 def _shapes_at(sizes: Sequence[Sizes | None], which: int) -> list[Shape | None]:

@@ -205,7 +205,7 @@ def register(table: Table) -> None:
             approximable=True,
         )
         add(table, "GroupNormalization", by_group)
-    by_variance = Row(_mean_variance, repair=_mend_mean_variance, zero=FIRST, approximable=True)
+    by_variance = Row(_mean_variance, repair=_mend_mean_variance, zero=FIRST, approximable=True, poles=(0,))
     add(table, "MeanVarianceNormalization", by_variance)
     add(table, "LpNormalization", Row(_lp_normalization, zero=FIRST, approximable=True))
     add(table, "LRN", Row("n !c * -> n !c *", zero=FIRST, approximable=True))

@@ -11,10 +11,11 @@ Abs Asin Asinh Atan Atanh Cast Ceil Celu Dropout Elu Erf Floor Gelu HardSwish Id
 Round Selu Shrink Sign Sin Sinh Softsign Sqrt Swish Tan Tanh
 """
 UNARY = """
-Acos Acosh BitwiseNot Cos Cosh Exp HardSigmoid IsInf IsNaN Log Not Reciprocal Sigmoid Softplus ThresholdedRelu
+Acos BitwiseNot Cos Cosh Exp HardSigmoid IsInf IsNaN Not Sigmoid Softplus ThresholdedRelu
 """
+UNARY_WITH_A_POLE = "Acosh Log Reciprocal"  # at zero, or no number there
 NARY = """
-And BitShift BitwiseAnd BitwiseOr BitwiseXor Equal Greater GreaterOrEqual Less LessOrEqual Mod Or Xor
+And BitShift BitwiseAnd BitwiseOr BitwiseXor Equal Greater GreaterOrEqual Less LessOrEqual Or Xor
 """
 
 
@@ -67,21 +68,28 @@ def _power_of_zero(op: OpView) -> Clauses:
     return FIRST if exponent is not None and (exponent > 0).all() else ()
 
 
+def _power_with_a_pole(op: OpView) -> tuple[int, ...]:
+    exponent = op.value(1)
+    return (0,) if exponent is not None and (exponent < 0).any() else ()
+
+
 def register(table: Table) -> None:
     """Add the rows of this file."""
     add(table, UNARY_OF_ZERO, Row(_unary, zero=FIRST))
     add(table, UNARY, Row(_unary))
+    add(table, UNARY_WITH_A_POLE, Row(_unary, poles=(0,)))
     add(table, "CastLike", Row(_cast_like, zero=FIRST))
     add(table, "Clip", Row(_unary, zero=_clip_of_zero))
     # a bias beside a matrix product is silenced with it; the other operands scale or compare
     add(table, "Add Sub", Row(_nary, weights=(0, 1), zero=ALL))
     add(table, "Max Mean Min Sum", Row(_nary, zero=ALL))
     add(table, "Mul", Row(_nary, zero=EITHER))
-    add(table, "Div", Row(_nary, zero=FIRST))
+    add(table, "Div", Row(_nary, zero=FIRST, poles=(1,)))
+    add(table, "Mod", Row(_nary, poles=(1,)))
     add(table, "Where", Row(_nary, zero=((1, 2),)))
     add(table, NARY, Row(_nary))
     add(table, "If", Row(_choice, zero=((1, 2),)))
-    add(table, "Pow", Row(_nary, zero=_power_of_zero))
+    add(table, "Pow", Row(_nary, zero=_power_of_zero, poles=_power_with_a_pole))
     add(table, "PRelu", Row(_prelu, zero=FIRST))
     # what onnxruntime's optimizer writes
     add(table, "Gelu QuickGelu", Row(_unary, zero=FIRST), domain="com.microsoft")
