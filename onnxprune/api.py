@@ -74,6 +74,7 @@ def prune(
     budget: str = "auto",
     reconstruct: bool = True,
     quick: bool = False,
+    mirror: bool = True,
     only: str | None = None,
     exclude: str | None = None,
     samplers: bool = True,
@@ -113,6 +114,8 @@ def prune(
         reconstruct: fit the remaining weights again by least squares.
         quick: fit every layer once and by itself, to 1,000 samples if not said otherwise: several times faster, and
             less accurate.
+        mirror: of few images (2,000; none if ``quick``), use their mirror images as well, where the model answers both
+            alike (see `onnxprune.mirror`).
         only: regular expression; only layers with such a node name are made narrower.
         exclude: regular expression; layers with such a node name are left as they are.
         samplers: let convolutions at the entry of residual blocks choose the channels they read (a Gather in front),
@@ -152,6 +155,7 @@ def prune(
         budget=budget,
         reconstruct=reconstruct,
         quick=quick,
+        mirror=mirror,
         only=only,
         exclude=exclude,
         samplers=samplers,

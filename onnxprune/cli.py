@@ -33,6 +33,7 @@ from onnxprune.options import (
     with_data,
     with_layers,
     with_memory,
+    with_mirror,
     with_preprocessing,
     with_provider,
     with_sampling,
@@ -122,6 +123,7 @@ def cli() -> None:
 @click.option("--report", "report_path", type=FILE, metavar="FILE.json", help="Write the report here; several as -o.")
 @with_data
 @with_sampling
+@with_mirror
 @with_threads
 @with_provider
 @with_choosing
@@ -220,6 +222,7 @@ def prune(
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
 @with_data
 @with_sampling
+@with_mirror
 @with_memory
 @with_dask
 @with_threads

@@ -16,6 +16,7 @@ class Effort:
         passes: all of these measurements cost about as much as so many passes over the data.
         fewest: samples that they are made on, at least.
         most: at most.
+        mirrored: samples up to which their mirror images are looked at as well.
         together: whether a limiter behind a layer is minded, and neighbouring layers are fitted together; else every
             layer is fitted once, from sums.
     """
@@ -26,6 +27,7 @@ class Effort:
     passes: float
     fewest: int
     most: int
+    mirrored: int
     together: bool
 
     def damage_samples(self, samples: int, groups: int) -> int:
@@ -35,5 +37,5 @@ class Effort:
 
 
 # four widths leave as good an allocation as more of them do; few samples are better spent on these than on other widths
-THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.25, 0.1), 2.0, 64, 256, True)
-QUICK = Effort(1000, 4, (0.75, 0.45, 0.15), 1.0, 32, 64, False)
+THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.25, 0.1), 2.0, 64, 256, 2000, True)
+QUICK = Effort(1000, 4, (0.75, 0.45, 0.15), 1.0, 32, 64, 0, False)

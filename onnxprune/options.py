@@ -130,6 +130,12 @@ with_sampling = _options(
         "--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of every random choice (default 0)."
     ),
 )
+with_mirror = click.option(
+    "--mirror/--no-mirror",
+    default=True,
+    show_default=True,
+    help="Of few images, use their mirror images as well, where the model answers both alike.",
+)
 with_memory = click.option(
     "--memory",
     type=size,

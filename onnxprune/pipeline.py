@@ -35,7 +35,7 @@ from onnxprune.select import Problem, Ranking
 from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights
 from onnxprune.sensitivity import Variants, measure
 from onnxprune.shelf import Shelf
-from onnxprune.statistics import Statistics
+from onnxprune.statistics import FOLDS, Statistics
 from onnxprune.steps import Steps
 from onnxprune.surroundings import Samples
 from onnxprune.targets import Limit
@@ -63,6 +63,7 @@ class Chooser:
     memory: int | None = None
     dask: str | None = None
     effort: Effort = THOROUGH
+    mirrors: Mapping[str, int] = field(default_factory=dict)  # per image input, the axis along which it may be turned
     readers: tuple[Reader, ...] = ()
     statistics: dict[int, list[Statistics]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
@@ -79,13 +80,16 @@ class Chooser:
             for info in self.analysis.groups:
                 scales(info, self.analysis)
         self.readers = find_readers(self.analysis)
+        # damage is measured on samples that the first reconstructions have not seen
+        count = self.effort.damage_samples(len(self.data), len(self.analysis.groups))
+        self.first, self.pricing = self.data.split(count) if count else (self.data, self.data)
+        if self.mirrors:
+            self.first, rest = (part.mirrored(self.mirrors, FOLDS * _JUDGING) for part in (self.first, self.pricing))
+            self.data = self.first.joined(rest) if count else self.first
         # statistics of all readers, and what is worked out from those of one
         sums = [8 * r.weights.shape[0] * r.width * (r.width + r.weights.shape[2]) for r in self.readers]
         blocks = _FEW_BLOCKS if len(self.data) < FEW else 1
         self.room = Room.of(self.memory, sum(sums) + 4 * max(sums, default=0), blocks)
-        # damage is measured on samples that the first reconstructions have not seen
-        count = self.effort.damage_samples(len(self.data), len(self.analysis.groups))
-        self.first, self.pricing = self.data.split(count) if count else (self.data, self.data)
 
     @contextmanager
     def at_work(self, sweeping: bool) -> Iterator[None]:

@@ -28,6 +28,7 @@ from onnxprune.gathered import Gathered
 from onnxprune.graph import Graph, read_model
 from onnxprune.journal import Journal
 from onnxprune.macs import layers_within
+from onnxprune.mirror import mirror_axes
 from onnxprune.pipeline import Chooser
 from onnxprune.probe import Feeds, probe
 from onnxprune.progress import Progress
@@ -193,9 +194,12 @@ def prepare(
         kept = _kept(original, settings)
         if calibration is None:
             calibration = _load(graph, path, settings, runtime, session, kept)
-        del session
         fit_data, held_out = _split(calibration)
-        data = DataEntry(calibration.source, len(calibration), calibration.digest, calibration.is_random)
+        mirrors = _mirrors(graph, fit_data, settings, session) if kept is None else {}
+        del session
+        data = DataEntry(
+            calibration.source, len(calibration), calibration.digest, calibration.is_random, mirrored=bool(mirrors)
+        )
         judging: Calibration | None = held_out
         if kept is not None:
             data, own = DataEntry(**kept.about["data"]), data
@@ -219,7 +223,7 @@ def prepare(
     analysis = network.analysis
     sample = calibration.feeds([0])
     how = (settings.select, settings.budget, settings.seed, settings.batch_size, settings.memory, settings.dask)
-    chooser = Chooser(analysis, fit_data, runtime, progress, *how, effort=settings.effort)
+    chooser = Chooser(analysis, fit_data, runtime, progress, *how, effort=settings.effort, mirrors=mirrors)
     return Prepared(
         settings,
         original,
@@ -317,6 +321,12 @@ def _takes(session: ort.InferenceSession, calibration: Calibration, count: int) 
     except Exception:  # onnxruntime's errors share no base class
         return False
     return True
+
+
+def _mirrors(graph: Graph, data: Calibration, settings: Settings, session: ort.InferenceSession) -> dict[str, int]:
+    """Axes of images along which these data are turned round to have more of them."""
+    wanted = settings.mirror and settings.measured and not data.is_random
+    return mirror_axes(graph.inputs, data, session) if wanted and len(data) <= settings.effort.mirrored else {}
 
 
 def _split(calibration: Calibration) -> tuple[Calibration, Calibration]:

@@ -50,6 +50,23 @@ class Calibration:
             feeds[name] = np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), order="C")
         return feeds
 
+    def mirrored(self, axes: Mapping[str, int], period: int) -> Calibration:
+        """The records, and again with inputs turned round along an axis each.
+
+        Args:
+            axes: by the names of these inputs.
+            period: a record and its mirror image are a multiple of so many places apart: parts that are judged on each
+                other share neither. What is left over has no mirror image.
+        """
+        turned = {name: _either_way(read, axes.get(name)) for name, read in self._readers.items()}
+        first = self._order[: len(self) - len(self) % period]
+        order = (*first, *(~record for record in first), *self._order[len(first) :])
+        return replace(self, _readers=turned, _order=order)
+
+    def joined(self, others: Calibration) -> Calibration:
+        """These records and, behind them, others that the same source had before any were mirrored."""
+        return replace(self, _order=(*self._order, *others._order))
+
     def split(self, held_out: int) -> tuple[Calibration, Calibration]:
         """Part the records into those to fit and, the last ones, those held out."""
         if not 0 <= held_out < len(self):
@@ -59,6 +76,16 @@ class Calibration:
             )
         cut = len(self) - held_out
         return replace(self, _order=self._order[:cut]), replace(self, _order=self._order[cut:])
+
+
+def _either_way(read: Callable[[int], Array], axis: int | None) -> Callable[[int], Array]:
+    """Reads a record, or by its complement the same one turned round."""
+
+    def found(record: int) -> Array:
+        array = read(max(record, ~record))
+        return array if record >= 0 or axis is None else np.flip(array, axis)
+
+    return found
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Settings:
     budget: str = "auto"
     reconstruct: bool = True
     quick: bool = False
+    mirror: bool = True
     only: str | None = None
     exclude: str | None = None
     samplers: bool = True

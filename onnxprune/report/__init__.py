@@ -120,12 +120,13 @@ class FrozenEntry:
 
 @dataclass(frozen=True)
 class DataEntry:
-    """The calibration data: where from, how many records, SHA-256 of what was used."""
+    """The calibration data: where from, how many records, SHA-256 of what was used, and whether mirror images, too."""
 
     source: str
     samples: int
     digest: str
     is_random: bool
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from onnxprune.report.text import (
     approximate_line,
     clean,
     cost_rows,
+    data_lines,
     error,
     fidelity_lines,
     percent,
@@ -32,8 +33,9 @@ def render(report: Report) -> str:
     ]
     if report.approximate:
         parts.append(_escape(approximate_line(report.approximate)))
-    if report.fidelity:
-        parts.append("\n".join(f"- {_escape(line)}" for line in fidelity_lines(report.fidelity)))
+    lines = [*data_lines(report), *(fidelity_lines(report.fidelity) if report.fidelity else ())]
+    if lines:
+        parts.append("\n".join(f"- {_escape(line)}" for line in lines))
     if report.groups:
         rows = [(clean(g.name), f"{g.kept}/{g.units}", error(g.error)) for g in report.groups]
         parts.append(_table(("group", "kept/total", "error"), rows))

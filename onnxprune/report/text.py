@@ -100,6 +100,13 @@ def latency_lines(report: Report) -> list[str]:
     ]
 
 
+def data_lines(report: Report) -> list[str]:
+    """What else the data were made into, in words."""
+    if report.data is None or not report.data.mirrored:
+        return []
+    return ["mirror images of the samples were looked at as well: the model answers both alike (--no-mirror: without)"]
+
+
 def approximate_line(nodes: Sequence[str]) -> str:
     """That, and where, the cut changes what the model computes."""
     return (
@@ -164,7 +171,7 @@ def show_report(report: Report, out: Console, *, verbose: bool = False) -> None:
     _line(out, _DIFFERENT)
     if report.approximate:
         _line(out, approximate_line(report.approximate))
-    for line in latency_lines(report):
+    for line in (*data_lines(report), *latency_lines(report)):
         _line(out, line)
     for line in fidelity_lines(report.fidelity) if report.fidelity else ():
         _line(out, line)
