@@ -114,7 +114,7 @@ def prune(
         reconstruct: fit the remaining weights again by least squares.
         quick: fit every layer once and by itself, to 1,000 samples if not said otherwise: several times faster, and
             less accurate.
-        mirror: of few images (2,000; none if ``quick``), use their mirror images as well, where the model answers both
+        mirror: of few images (1,000; none if ``quick``), use their mirror images as well, where the model answers both
             alike (see `onnxprune.mirror`).
         only: regular expression; only layers with such a node name are made narrower.
         exclude: regular expression; layers with such a node name are left as they are.

@@ -16,10 +16,10 @@ import numpy as np
 from onnxprune.analysis import Analysis
 from onnxprune.answers import Answer, Answers
 from onnxprune.batches import Batches, sample_bytes
-from onnxprune.blocks import Block, BlockData
+from onnxprune.blocks import Block
 from onnxprune.graph import Graph
 from onnxprune.joint import Network
-from onnxprune.memory import Room
+from onnxprune.memory import Room, give_back
 from onnxprune.precision import NARROW, float32_copy, types
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, check_finite
@@ -106,7 +106,7 @@ def _is_fixed(analysis: Analysis, reader: Reader) -> bool:
 FEW = 1000  # samples
 
 Fitter = Callable[[Reader, list[list[Statistics]], Samples | None], Arrays]
-BlockFitter = Callable[[Network, BlockData, Arrays], Arrays]
+BlockFitter = Callable[[Network, Taking, Arrays], Arrays]
 Recall = Callable[[Reader | Block], Arrays | None]
 
 
@@ -167,7 +167,7 @@ class Sweep:
 
         Args:
             fit: turns a reader's statistics (per group, per fold) into new stored tensors.
-            fit_block: the same for a block and some samples of what it reads and should give.
+            fit_block: the same for a block, and what was taken in of what it reads and should give.
             progress: advanced by one per reader.
             recall: what an earlier run fitted to a reader or a block, where it came so far; the network is then
                 only run on.
@@ -200,12 +200,16 @@ class Sweep:
                     found = [[sums.statistics for sums in part] for part in folds]
                     check_finite(reader, (each for part in found for each in part), "the network as pruned so far")
                     known = fit(reader, found, samples)
+                    del found
+                del folds, samples  # a block's fit needs the room
                 self.arrays |= known
                 for block in [b for b in blocks if self._ends[id(b)] == start]:
-                    taken, changed = taking.pop(id(block)), done[id(block)]
+                    changed = done[id(block)]
                     if changed is None:
-                        net = Network(self._wide, replace(self.runtime, as_float32=False), block)
-                        changed = fit_block(net, taken.data(), self.arrays)
+                        give_back()
+                        # of all samples at once, in many sessions
+                        net = Network(self._wide, replace(self.runtime, as_float32=False, hoards=False), block)
+                        changed = fit_block(net, taking.pop(id(block)), self.arrays)
                     self.arrays |= changed
                     if changed:
                         self._again(block, here, pruned, shelf)

@@ -6,7 +6,7 @@ and only where everything on the way is understood; a block where something is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,19 +23,27 @@ Cut = tuple[int, np.ndarray]  # an axis and the positions that stay
 
 @dataclass(frozen=True, eq=False)
 class Compact:
-    """A block, its layers and its data, smaller; and where the matrices' entries stand in the whole.
+    """A block and its layers, smaller; and where the matrices' entries stand in the whole.
 
     Attributes:
         net: the block.
         parts: its layers, the inner ones first.
-        data: what the fit looks at.
+        cuts: of tensors that the block reads, by name, the axis and the positions that are left.
         places: per layer, the rows and the columns of its matrices that are left.
     """
 
     net: Network
     parts: tuple[Part, ...]
-    data: BlockData
+    cuts: Mapping[str, Cut]
     places: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+    def data(self, whole: BlockData) -> BlockData:
+        """What the fit looks at, without what is gone."""
+        held = {
+            name: np.take(a, self.cuts[name][1], self.cuts[name][0]) if name in self.cuts else a
+            for name, a in whole.held.items()
+        }
+        return replace(whole, held=held)
 
     def whole(self, before: Sequence[Part], found: Vector) -> Vector:
         """Matrices of the layers as they were, with what was found in its place."""
@@ -109,12 +117,11 @@ def compact(net: Network, parts: Sequence[Part], data: BlockData) -> Compact | N
     small = _small(net, parts, ins, left_out, final)
     if small is None:
         return None
-    held = {k: np.take(v, final[k][1], axis=final[k][0]) if k in final else v for k, v in data.held.items()}
     cut_parts = tuple(
         replace(p, layer=layer, weights=p.weights[:, r][:, :, c], free=p.free[:, r][:, :, c])
         for p, layer, (r, c) in zip(parts, small.layers, places, strict=True)
     )
-    return Compact(small, cut_parts, replace(data, held=held), places)
+    return Compact(small, cut_parts, final, places)
 
 
 def _passed(net: Network, data: BlockData) -> list[tuple[str, int, int]]:

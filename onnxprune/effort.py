@@ -37,5 +37,5 @@ class Effort:
 
 
 # four widths leave as good an allocation as more of them do; few samples are better spent on these than on other widths
-THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.25, 0.1), 2.0, 64, 256, 2000, True)
+THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.25, 0.1), 2.0, 64, 256, 1000, True)
 QUICK = Effort(1000, 4, (0.75, 0.45, 0.15), 1.0, 32, 64, 0, False)

@@ -26,6 +26,7 @@ from scipy.linalg import cho_factor, cho_solve
 from onnxprune.blocks import Block, BlockData
 from onnxprune.graph import Graph
 from onnxprune.layers import Layer
+from onnxprune.memory import give_back
 from onnxprune.readers import matrices_of
 from onnxprune.runtime import Runtime
 from onnxprune.segments import Piece, Segments
@@ -378,6 +379,7 @@ def fit_block(net: Network, parts: Sequence[Part], data: BlockData, held_out: Bl
         if not np.isfinite(state.loss):
             break
         try:
+            give_back()
             path = _path(_Linear(net, parts, data, scales, state, read))
         except np.linalg.LinAlgError:  # activations so large that their squares are no numbers
             break

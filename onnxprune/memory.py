@@ -25,6 +25,7 @@ MIB = 1 << 20
 # more than this is of no use to a part
 _BATCH, _FRONTIER, _ANSWERS, _ROWS, _BLOCK = 128 * MIB, 256 * MIB, 256 * MIB, 256 * MIB, 384 * MIB
 _LEAST = 64 * MIB  # to be left for the parts
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 _CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 
@@ -101,6 +102,22 @@ def give_back() -> None:
     """Have the C library hand what it holds free back to the system (glibc keeps it, else)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def frugal() -> Iterator[None]:
+    """Within, have glibc hand back every large array when it goes, rather than keep and scatter it.
+
+    Left to itself it keeps arrays of up to 32 MiB once it has seen one go; that is what it is told to do at the end.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 12 * MIB)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 32 * MIB)
+            ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, 64 * MIB)
 
 
 def resident() -> int:

@@ -14,7 +14,7 @@ from onnxprune import blas, budget
 from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.answers import Answers
 from onnxprune.batches import LARGEST, Batches, batch_size, enough, rows_bytes, sample_bytes
-from onnxprune.blocks import BlockData, find_blocks
+from onnxprune.blocks import find_blocks
 from onnxprune.calibrate import FEW, Arrays, Sweep, collect
 from onnxprune.cluster import collect_on
 from onnxprune.compact import compact
@@ -25,7 +25,7 @@ from onnxprune.errors import InternalError
 from onnxprune.joint import Network, Part, current, fit_block, stored_tensors
 from onnxprune.journal import Journal
 from onnxprune.layers import Layer
-from onnxprune.memory import Room, text
+from onnxprune.memory import Room, frugal, text
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers, matrices_of
@@ -38,6 +38,7 @@ from onnxprune.shelf import Shelf
 from onnxprune.statistics import FOLDS, Statistics
 from onnxprune.steps import Steps
 from onnxprune.surroundings import Samples
+from onnxprune.taking import Taking
 from onnxprune.targets import Limit
 
 _JUDGING = 5  # of so many samples of a block one is held out
@@ -95,7 +96,7 @@ class Chooser:
     def at_work(self, sweeping: bool) -> Iterator[None]:
         """Limit BLAS as the readers' widths call for; if sweeps follow, keep what they need of the original."""
         widest = max((r.width for r in self.readers), default=0)
-        with blas.threads(widest, self.runtime.threads), Shelf(self.room.answers) as shelf:
+        with blas.threads(widest, self.runtime.threads), frugal(), Shelf(self.room.answers) as shelf:
             if sweeping:
                 held = sorted({name for r in self.readers for name in (r.layer.data, r.layer.output)})
                 batches = self._batches(self._fitted_to, self.readers, held)
@@ -354,22 +355,25 @@ class Chooser:
         """Whether the model's types can hold the values."""
         return all(np.isfinite(cast(a, self.analysis.graph.array(n).dtype)).all() for n, a in arrays.items())
 
-    def _fit_block(self, net: Network, data: BlockData, arrays: Arrays) -> Arrays:
+    def _fit_block(self, net: Network, taken: Taking, arrays: Arrays) -> Arrays:
         """Fit a block's layers together; nothing where that does not help on samples held out."""
+        data = taken.data()
         judging = np.arange(len(data)) % _JUDGING == 0
         if judging.all():
             return {}
+        seen, unseen = data.take(~judging), data.take(judging)
+        del data  # the fit needs the room
         readers = [(i.layer, i.unfolding) for i in net.block.inner] + [(r.layer, r.unfolding) for r in net.block.outer]
         parts = [
             Part(layer, unfolding, current(self.analysis.graph, layer, arrays), self._free(layer))
             for layer, unfolding in readers
         ]
-        small = compact(net, parts, data)
+        small = compact(net, parts, seen)
         if small is None:
-            found = fit_block(net, parts, data.take(~judging), data.take(judging))
+            found = fit_block(net, parts, seen, unseen)
         else:
-            cut = small.data
-            found = fit_block(small.net, small.parts, cut.take(~judging), cut.take(judging))
+            seen, unseen = small.data(seen), small.data(unseen)
+            found = fit_block(small.net, small.parts, seen, unseen)
             found = None if found is None else small.whole(parts, found)
         if found is None:
             return {}

@@ -43,6 +43,7 @@ class Runtime:
         threads: how many (0: the runtime's own choice).
         as_float32: whether models are run as copies in float32, for want of kernels for their own types; inputs of
             other types are converted, and what is a float in the model comes out in float32.
+        hoards: whether a session keeps the memory that it once needed, which makes its next run faster.
         fallen: said of sessions that came up on another provider, or unoptimised; shared with all that is made from
             this one.
     """
@@ -50,6 +51,7 @@ class Runtime:
     provider: str = "cpu"
     threads: int = 0
     as_float32: bool = False
+    hoards: bool = True
     fallen: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -145,9 +147,9 @@ class Runtime:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if spinning:
             options.add_session_config_entry("session.intra_op.spin_duration_us", str(round(1e6 * _SPINNING)))
+        options.enable_cpu_mem_arena = self.hoards and optimise
         if not optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.enable_cpu_mem_arena = False  # which would keep what was once needed
         if self.as_float32:
             model = float32_copy(onnx.load_from_string(model) if isinstance(model, bytes) else model)
         values: dict[str, np.ndarray] = {}

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxprune.blocks import Block, BlockData
+from onnxprune.blocks import Block
 from onnxprune.calibrate import Arrays, BlockFitter, Fitter
 from onnxprune.joint import Network
 from onnxprune.readers import Reader
 from onnxprune.statistics import Statistics
 from onnxprune.surroundings import Samples
+from onnxprune.taking import Taking
 
 if TYPE_CHECKING:
     from onnxprune.pipeline import Chooser
@@ -57,8 +58,8 @@ class Steps:
     def block(self, fit: BlockFitter) -> BlockFitter:
         """The same of a block."""
 
-        def noted(net: Network, data: BlockData, arrays: Arrays) -> Arrays:
-            found = fit(net, data, arrays)
+        def noted(net: Network, taken: Taking, arrays: Arrays) -> Arrays:
+            found = fit(net, taken, arrays)
             self.chooser.journal.put(self._name(net.block), {}, found.items())
             return found
 

@@ -27,14 +27,16 @@ class Taking:
         self.view, self.block = view, view.block
         self.held: dict[str, list[np.ndarray]] = {name: [] for name in view.block.held}
         self.wanted: list[list[np.ndarray]] = []
-        self.bounds: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        self.least: list[list[np.ndarray]] = []  # where a limiter behind cuts off
+        self.most: list[list[np.ndarray]] = []
         self.valid: list[list[np.ndarray]] = []
 
     def add(self, batch: int, reader: Reader, behind: Behind, answer: Answer, pruned: Tensors) -> None:
         """One batch at one of the block's readers: what the original gives in the view, and all of the pruned one."""
         if batch == 0:
             self.wanted.append([])
-            self.bounds.append([])
+            self.least.append([])
+            self.most.append([])
             self.valid.append([])
         if not len(self.view.samples(batch, len(pruned[self.block.tensor]))):
             return
@@ -52,18 +54,26 @@ class Taking:
         if behind.saturation is not None:
             last = [np.moveaxis(a, self.block.axis, -1) for a in (wanted, np.broadcast_to(offset, wanted.shape))]
             least, most = (np.moveaxis(a, -1, self.block.axis) for a in behind.saturation.interval(last[0], last[1]))
-            self.bounds[-1].append((least, most))
+            self.least[-1].append(least)
+            self.most[-1].append(most)
         held = {name: arrays[len(self.wanted[-1]) - 1] for name, arrays in self.held.items()}
         self.valid[-1].append(self.view.valid(batch, reader, wanted, held))
 
     def data(self) -> BlockData:
-        """All of it."""
-        held = {k: np.concatenate(v) for k, v in self.held.items()}
+        """All of it, for the taking: nothing is kept twice."""
+        held = {name: _joined(arrays) for name, arrays in self.held.items()}
         least, most, valid, energy = [], [], [], []
-        for wanted, bounds, counts in zip(self.wanted, self.bounds, self.valid, strict=True):
-            whole, there = np.concatenate(wanted), np.concatenate(counts)
+        for wanted, lows, highs, counts in zip(self.wanted, self.least, self.most, self.valid, strict=True):
+            whole, there = _joined(wanted), _joined(counts)
             valid.append(there)
             energy.append(squared((whole - whole.mean()) * there))
-            least.append(np.concatenate([a for a, _ in bounds]) if bounds else whole)
-            most.append(np.concatenate([b for _, b in bounds]) if bounds else whole)
+            least.append(_joined(lows) if lows else whole)
+            most.append(_joined(highs) if highs else whole)
         return BlockData(held, tuple(least), tuple(most), tuple(valid), tuple(energy))
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """The arrays as one; the list is empty then."""
+    whole = np.concatenate(arrays)
+    arrays.clear()
+    return whole
