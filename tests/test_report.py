@@ -194,6 +194,12 @@ def test_the_final_tables():
     assert "latency" in shown(show_report, BARE)
 
 
+def test_a_cut_model_that_is_not_faster_is_said_to_be_so():
+    slower = dataclasses.replace(REPORT, after=dataclasses.replace(AFTER, latency_ms=Latency(8.5, 8.0, 9.0, 100)))
+    assert "is not faster: --by latency" in shown(show_report, slower)
+    assert not any("not faster" in shown(show_report, report) for report in (REPORT, BARE))
+
+
 def test_many_groups_stay_readable():
     groups = tuple(GroupEntry(f"conv{k}", 10, 5, (), (), k / 1000) for k in range(300))
     report = dataclasses.replace(REPORT, groups=groups)

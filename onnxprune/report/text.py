@@ -100,6 +100,16 @@ def latency_lines(report: Report) -> list[str]:
     ]
 
 
+def slower_line(before: Latency | None, after: Latency | None) -> str:
+    """That a cut model is not faster, and what to do then; empty where it is, or nobody knows."""
+    if before is None or after is None or after.median < before.median:
+        return ""
+    return (
+        "on this machine the cut model is not faster: --by latency spends the budget on time instead, and --target or"
+        " --round-to keeps widths that suit where it will run"
+    )
+
+
 def data_lines(report: Report) -> list[str]:
     """What else the data were made into, in words."""
     if report.data is None or not report.data.mirrored:
@@ -169,6 +179,8 @@ def show_report(report: Report, out: Console, *, verbose: bool = False) -> None:
         table.add_row(*row)
     out.print(table)
     _line(out, _DIFFERENT)
+    if slower := slower_line(report.before.latency_ms, report.after.latency_ms):
+        _line(out, slower)
     if report.approximate:
         _line(out, approximate_line(report.approximate))
     for line in (*data_lines(report), *latency_lines(report)):
