@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from onnxprune.data import Calibration, InputSpec
 from onnxprune.images import is_float, model_layout
+from onnxprune.progress import Progress
 from onnxprune.sensitivity import divergence
 
 _LOOKED_AT = 32  # records
@@ -22,13 +23,16 @@ _ALIKE = 0.1  # of what another image changes
 Arrays = Mapping[str, np.ndarray]
 
 
-def mirror_axes(inputs: Sequence[InputSpec], data: Calibration, session: ort.InferenceSession) -> dict[str, int]:
+def mirror_axes(
+    inputs: Sequence[InputSpec], data: Calibration, session: ort.InferenceSession, progress: Progress
+) -> dict[str, int]:
     """By its name, the axis along which the one image input may be turned round; empty where the network minds that.
 
     Args:
         inputs: of the model.
         data: records; some of them are looked at.
         session: of the model.
+        progress: told of a stage, where there is something to look at.
     """
     images = [spec for spec in inputs if len(spec.shape) == 4 and is_float(spec.dtype)]
     if len(images) != 1:
@@ -41,15 +45,18 @@ def mirror_axes(inputs: Sequence[InputSpec], data: Calibration, session: ort.Inf
 
     turned = other = 0.0
     before: Arrays | None = None
-    for record in range(min(len(data), _LOOKED_AT)):
-        feeds = data.feeds([record])
-        try:
-            found, seen = answer(feeds), answer({**feeds, name: np.ascontiguousarray(np.flip(feeds[name], axis))})
-        except Exception:  # onnxruntime's errors share no base class; who needs the answer says what is wrong
-            return {}
-        turned += _change(found, seen, axis)
-        other += divergence(found, before) if before is not None else 0.0
-        before = found
+    count = min(len(data), _LOOKED_AT)
+    with progress.stage("mirror", count):
+        for record in range(count):
+            feeds = data.feeds([record])
+            try:
+                found, seen = answer(feeds), answer({**feeds, name: np.ascontiguousarray(np.flip(feeds[name], axis))})
+            except Exception:  # onnxruntime's errors share no base class; who needs the answer says what is wrong
+                return {}
+            turned += _change(found, seen, axis)
+            other += divergence(found, before) if before is not None else 0.0
+            before = found
+            progress.advance()
     return {name: axis} if math.isfinite(other) and turned < _ALIKE * other else {}
 
 

@@ -65,6 +65,7 @@ class Chooser:
     dask: str | None = None
     effort: Effort = THOROUGH
     mirrors: Mapping[str, int] = field(default_factory=dict)  # per image input, the axis along which it may be turned
+    mirrored: int = 0  # mirror images among the data
     readers: tuple[Reader, ...] = ()
     statistics: dict[int, list[Statistics]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
@@ -86,7 +87,8 @@ class Chooser:
         self.first, self.pricing = self.data.split(count) if count else (self.data, self.data)
         if self.mirrors:
             self.first, rest = (part.mirrored(self.mirrors, FOLDS * _JUDGING) for part in (self.first, self.pricing))
-            self.data = self.first.joined(rest) if count else self.first
+            whole = self.first.joined(rest) if count else self.first
+            self.mirrored, self.data = len(whole) - len(self.data), whole
         # statistics of all readers, and what is worked out from those of one
         sums = [8 * r.weights.shape[0] * r.width * (r.width + r.weights.shape[2]) for r in self.readers]
         blocks = _FEW_BLOCKS if len(self.data) < FEW else 1

@@ -195,11 +195,7 @@ def prepare(
         if calibration is None:
             calibration = _load(graph, path, settings, runtime, session, kept)
         fit_data, held_out = _split(calibration)
-        mirrors = _mirrors(graph, fit_data, settings, session) if kept is None else {}
-        del session
-        data = DataEntry(
-            calibration.source, len(calibration), calibration.digest, calibration.is_random, mirrored=bool(mirrors)
-        )
+        data = DataEntry(calibration.source, len(calibration), calibration.digest, calibration.is_random)
         judging: Calibration | None = held_out
         if kept is not None:
             data, own = DataEntry(**kept.about["data"]), data
@@ -207,6 +203,8 @@ def prepare(
                 judging = None
             elif own.digest != data.digest or settings.seed != kept.about["seed"]:
                 judging = calibration  # others than those that the statistics are of
+    mirrors = _mirrors(graph, fit_data, settings, session, progress) if kept is None else {}
+    del session
     with progress.stage("groups"):
         costly = {settings.by, *settings.most}
         sampling = settings.samplers and settings.select in FROM_ACTIVATIONS and costly <= _SAMPLING
@@ -224,6 +222,8 @@ def prepare(
     sample = calibration.feeds([0])
     how = (settings.select, settings.budget, settings.seed, settings.batch_size, settings.memory, settings.dask)
     chooser = Chooser(analysis, fit_data, runtime, progress, *how, effort=settings.effort, mirrors=mirrors)
+    if chooser.mirrored:
+        data = dataclasses.replace(data, mirrored=True)
     return Prepared(
         settings,
         original,
@@ -323,10 +323,13 @@ def _takes(session: ort.InferenceSession, calibration: Calibration, count: int) 
     return True
 
 
-def _mirrors(graph: Graph, data: Calibration, settings: Settings, session: ort.InferenceSession) -> dict[str, int]:
+def _mirrors(
+    graph: Graph, data: Calibration, settings: Settings, session: ort.InferenceSession, progress: Progress
+) -> dict[str, int]:
     """Axes of images along which these data are turned round to have more of them."""
     wanted = settings.mirror and settings.measured and not data.is_random
-    return mirror_axes(graph.inputs, data, session) if wanted and len(data) <= settings.effort.mirrored else {}
+    few = len(data) <= settings.effort.mirrored
+    return mirror_axes(graph.inputs, data, session, progress) if wanted and few else {}
 
 
 def _split(calibration: Calibration) -> tuple[Calibration, Calibration]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -10,6 +12,7 @@ from builder import RUNTIME, Builder
 from onnxprune import prune
 from onnxprune.data import InputSpec, load_calibration
 from onnxprune.mirror import mirror_axes
+from onnxprune.progress import Progress
 from onnxprune.report import text
 
 RNG = np.random.default_rng(0)
@@ -32,7 +35,7 @@ def network(sides: bool, layout: str = "NCHW", rank: int = 2) -> onnx.ModelProto
 def axes(model: onnx.ModelProto, images: np.ndarray = IMAGES) -> dict[str, int]:
     shape = tuple(d.dim_value or None for d in model.graph.input[0].type.tensor_type.shape.dim)
     specs = [InputSpec("x", shape, np.dtype(np.float32))]
-    return mirror_axes(specs, load_calibration(images, specs), RUNTIME.session(model))
+    return mirror_axes(specs, load_calibration(images, specs), RUNTIME.session(model), Progress())
 
 
 def test_a_network_that_knows_no_sides_may_be_shown_mirror_images() -> None:
@@ -88,10 +91,16 @@ def test_few_images_are_used_twice_and_the_report_says_so() -> None:
     ("sides", "options"),
     [(True, {}), (False, {"mirror": False}), (False, {"quick": True}), (False, {"select": "l1", "reconstruct": False})],
 )
-def test_where_mirror_images_have_no_place_the_report_names_none(sides: bool, options: dict[str, object]) -> None:
-    found = prune(network(sides), speedup=1.5, data=IMAGES, threads=1, **options).report  # type: ignore[arg-type]
+def test_where_mirror_images_have_no_place_the_report_names_none(sides: bool, options: dict[str, Any]) -> None:
+    found = prune(network(sides), speedup=1.5, data=IMAGES, threads=1, **options).report
     assert found.data is not None and not found.data.mirrored
     assert text.data_lines(found) == []
+
+
+@pytest.mark.parametrize(("count", "mirrored"), [(12, False), (30, True)])
+def test_too_few_images_to_be_judged_on_each_other_have_no_mirror_images(count: int, mirrored: bool) -> None:
+    found = prune(network(False), speedup=1.5, data=IMAGES[:count], threads=1).report
+    assert found.data is not None and found.data.mirrored == mirrored
 
 
 def test_random_numbers_have_no_mirror_images() -> None:

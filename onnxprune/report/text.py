@@ -100,9 +100,10 @@ def latency_lines(report: Report) -> list[str]:
     ]
 
 
-def slower_line(before: Latency | None, after: Latency | None) -> str:
-    """That a cut model is not faster, and what to do then; empty where it is, or nobody knows."""
-    if before is None or after is None or after.median < before.median:
+def slower_line(report: Report) -> str:
+    """That a cut model is not faster, and what to do then; empty where it is, nobody knows, or time was the aim."""
+    before, after = report.before.latency_ms, report.after.latency_ms
+    if before is None or after is None or after.median < before.median or report.latency is not None:
         return ""
     return (
         "on this machine the cut model is not faster: --by latency spends the budget on time instead, and --target or"
@@ -179,7 +180,7 @@ def show_report(report: Report, out: Console, *, verbose: bool = False) -> None:
         table.add_row(*row)
     out.print(table)
     _line(out, _DIFFERENT)
-    if slower := slower_line(report.before.latency_ms, report.after.latency_ms):
+    if slower := slower_line(report):
         _line(out, slower)
     if report.approximate:
         _line(out, approximate_line(report.approximate))
