@@ -37,6 +37,9 @@ _OF_PRODUCTS = frozenset(
 class SizeGraph:
     """The size-computing part of a graph, evaluated on new shapes.
 
+    A tensor that loses channels is no size, even if it follows from sizes alone (the first state of a recurrence, and
+    what is computed of it before anything is read): the nodes around it are cut as all others are.
+
     Attributes:
         inside: indices of the nodes that compute sizes.
         known: tensors of the part.
@@ -47,15 +50,31 @@ class SizeGraph:
         self.graph = graph
         self.shapes = shapes
         self.new_shape = new_shape
-        roots, self.inside = size_nodes(graph, shapes.probes)
-        self.roots = roots
-        self.known = {name for index in self.inside for name in graph.nodes[index].outputs} - {""}
+        self.roots, computing = size_nodes(graph, shapes.probes)
+        self.inside, self.known = self._uncut(computing)
         self.boundary = {
             name
             for name in self.known
             if name in graph.outputs or any(r.index not in self.inside for r in graph.consumers.get(name, ()))
         }
         self._after: dict[int, dict[str, np.ndarray]] = {}
+
+    def _uncut(self, computing: set[int]) -> tuple[set[int], set[str]]:
+        """Of the nodes that compute sizes those that follow from others and lose nothing, and the tensors they give."""
+        inside, known, constant = set[int](), set[str](), self.graph.computed_from_constants
+        for index in sorted(computing):
+            node = self.graph.nodes[index]
+            if index not in self.roots.values():
+                given = [name for name in node.inputs if name and name not in constant]
+                if not known.issuperset(given) or any(map(self._is_cut, (*node.inputs, *node.outputs))):
+                    continue
+            inside.add(index)
+            known.update(node.outputs)
+        return inside, known - {""}
+
+    def _is_cut(self, name: str) -> bool:
+        shape = self.shapes.shape(name) if name else None
+        return shape is not None and self.new_shape(name, 0) != shape
 
     def is_product(self, name: str) -> bool:
         """Whether every element of a tensor of the part is a product of sizes and constants."""

@@ -382,6 +382,20 @@ def half_precision() -> onnx.ModelProto:
 
 
 @graph
+def first_state_of_zeros() -> onnx.ModelProto:
+    """Zeros as many as an activation has meet weights before anything is read, as those of an unrolled recurrence do."""
+    g = Builder(opset=13)
+    x = g.input("x", ["n", 5, 6])
+    inside, back, decay = g.weight(6, 12), g.weight(12, 12), g.weight(12)
+    state = g.ConstantOfShape(g.Shape(g.MatMul(g.Gather(x, g.const(0), axis=1), inside)))
+    for step in range(2):
+        seen = g.MatMul(g.Gather(x, g.const(step), axis=1), inside)
+        state = g.Tanh(g.Add(seen, g.Sub(g.MatMul(state, back), g.Mul(state, decay))))
+    wide = g.Reshape(state, g.Concat(g.Slice(g.Shape(state), g.const([0]), g.const([1])), g.const([3, 4]), axis=0))
+    return g.model(g.MatMul(g.Reshape(wide, g.const([0, 12])), g.weight(12, 3)))
+
+
+@graph
 def declared_shapes() -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(residual())
 
