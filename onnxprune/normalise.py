@@ -137,15 +137,17 @@ def _fold(model: onnx.ModelProto, folder: Path, runtime: Runtime, *, weights: bo
 
 
 def _read_twice(graph: Graph) -> set[str]:
-    """Stored matrices that layers read, or pick from: what is computed of them has to follow where their channels go.
+    """Stored matrices that layers read: what is computed of them has to follow where their channels go.
 
-    So it is with a codebook and its norms. What only moves a matrix about does not compute.
+    So it is with a codebook and its norms. What only moves a matrix about does not compute. A table that is only picked
+    from is no layer's: distances to its rows, say, are taken with a copy, and have to stay what they are.
     """
     constant, found = graph.computed_from_constants, set[str]()
     for node in reversed(graph.nodes):
         moves = node.op in MOVING and not node.domain and found & set(node.outputs)
         if moves or not set(node.outputs) - {""} <= constant:
-            weights = _WEIGHT_OPERANDS.get(node.op, ()) if not moves else range(len(node.inputs))
+            reads = () if node.op == "Gather" else _WEIGHT_OPERANDS.get(node.op, ())
+            weights = range(len(node.inputs)) if moves else reads
             found.update(node.inputs[k] for k in weights if k < len(node.inputs) and node.inputs[k] in constant)
     return {n for n in found if graph.is_stored(n) and len(graph.stored(n).dims) > 1}
 

@@ -122,7 +122,9 @@ class Segments:
             if name in free:
                 continue
             if name in arrays:
-                model.graph.initializer.append(stored(cast(arrays[name], graph.array(name).dtype), graph.stored(name)))
+                new = stored(cast(arrays[name], graph.array(name).dtype), graph.stored(name))
+                new.name = name  # the value of a Constant node need not have one
+                model.graph.initializer.append(new)
             elif name in graph.initializers:
                 model.graph.initializer.append(graph.initializers[name])
         feeds = [n for n in examples if n in needed and n not in made and n not in self._stored]

@@ -215,14 +215,20 @@ def test_layers_that_start_from_the_same_zeros_have_nothing_to_do_with_one_anoth
     assert run(new, analysis.shapes.probes[0].feeds)[0].shape == (2, 12)
 
 
-def test_what_is_computed_of_a_table_that_others_read_follows_its_channels() -> None:
-    """A codebook: distances of its vectors, whose norms follow from constants alone, and the nearest one picked."""
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_is_computed_of_a_table_that_layers_read_follows_its_channels(copied: bool) -> None:
+    """A codebook: distances of its vectors, whose norms follow from constants alone, and the nearest one picked.
+
+    Exporters turn it beforehand; distances are then no matter of the channels that the decoder does without.
+    """
     g = Builder()
     x = g.Relu(g.conv(g.input("x", [2, 3, 6, 6]), 12, name="encoder"))
     z = g.Transpose(g.conv(x, 8, name="code"), perm=[0, 2, 3, 1])
     book = g.weight(12, 8, name="book")
     norms = g.ReduceSum(g.Mul(book, book), g.const([1]), keepdims=0)
-    distance = g.Sub(norms, g.Mul(g.MatMul(z, g.Transpose(book, perm=[1, 0])), g.const(2.0)))
+    whole = numpy_helper.to_array(g.initializers[-2])
+    turned = g.const(whole.T) if copied else g.Transpose(book, perm=[1, 0])
+    distance = g.Sub(norms, g.Mul(g.MatMul(z, turned), g.const(2.0)))
     picked = g.Transpose(g.Gather(book, g.ArgMin(distance, axis=-1, keepdims=0)), perm=[0, 3, 1, 2])
     model = g.model(g.node("Conv", picked, g.weight(4, 8, 1, 1), name="decoder"))
     new, _, _, proof = pruned(model)
@@ -230,4 +236,4 @@ def test_what_is_computed_of_a_table_that_others_read_follows_its_channels() -> 
     left = next(numpy_helper.to_array(t) for t in new.graph.initializer if t.name == "book")
     assert left.shape == (12, 4)
     got = run(expose(new, [norms]), {"x": np.zeros((2, 3, 6, 6), np.float32)}, [norms])[0]
-    np.testing.assert_allclose(got, np.square(left).sum(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(got, np.square(whole if copied else left).sum(axis=1), rtol=1e-5)

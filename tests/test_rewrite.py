@@ -383,7 +383,7 @@ def half_precision() -> onnx.ModelProto:
 
 @graph
 def first_state_of_zeros() -> onnx.ModelProto:
-    """Zeros as many as an activation has meet weights before anything is read, as those of an unrolled recurrence do."""
+    """Zeros as many as an activation has meet weights before anything is read, as in an unrolled recurrence."""
     g = Builder(opset=13)
     x = g.input("x", ["n", 5, 6])
     inside, back, decay = g.weight(6, 12), g.weight(12, 12), g.weight(12)

@@ -25,7 +25,7 @@ def winding() -> onnx.ModelProto:
     stem = g.Relu(g.conv(x, 4, name="stem"), name="stem_relu")
     branch = g.batch_norm(g.conv(g.Relu(g.conv(stem, 5, name="b1")), 4, name="b2"))
     total = g.Add(branch, stem, name="sum")
-    g.node("Constant", name="half", value=helper.make_tensor("half", TensorProto.FLOAT, [1], [0.5]))
+    g.node("Constant", name="half", value=helper.make_tensor("", TensorProto.FLOAT, [1], [0.5]))  # as PyTorch writes it
     g.const(np.array([2.0]), name="two")
     one = g.Mul("half", g.Identity("two", name="copied"), name="one")  # from constants alone
     g.Add(total, one, name="lifted")
