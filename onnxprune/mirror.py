@@ -15,10 +15,10 @@ import onnxruntime as ort
 from onnxprune.data import Calibration, InputSpec
 from onnxprune.images import is_float, model_layout
 from onnxprune.progress import Progress
-from onnxprune.sensitivity import divergence
+from onnxprune.sensitivity import deviation
 
 _LOOKED_AT = 32  # records
-_ALIKE = 0.1  # of what another image changes
+_ALIKE = 0.2  # of what another image changes
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -54,7 +54,7 @@ def mirror_axes(
             except Exception:  # onnxruntime's errors share no base class; who needs the answer says what is wrong
                 return {}
             turned += _change(found, seen, axis)
-            other += divergence(found, before) if before is not None else 0.0
+            other += deviation(found, before) if before is not None else 0.0
             before = found
             progress.advance()
     return {name: axis} if math.isfinite(other) and turned < _ALIKE * other else {}
@@ -63,4 +63,4 @@ def mirror_axes(
 def _change(found: Arrays, turned: Arrays, axis: int) -> float:
     """How far the answer to a mirror image is from the answer, or from its mirror image where that is one."""
     back = {name: np.flip(a, axis) if a.ndim == 4 else a for name, a in turned.items()}
-    return min(divergence(found, turned), divergence(found, back))
+    return min(deviation(found, turned), deviation(found, back))

@@ -1,8 +1,9 @@
 """What a group's loss does to the network's output: the yardstick that makes errors comparable across layers.
 
 Each group is narrowed alone, its readers fitted again in closed form, to a few widths, and the rest of the network is
-run from there on a small part of the data: Kullback-Leibler divergence where the output is class scores, relative
-squared error elsewhere.
+run from there on a small part of the data. What counts is the squared error of the outputs relative to their variance;
+of scores that end in a softmax or a sigmoid, in front of that. Of few samples the divergence between the distributions
+says much less: some samples near a border between classes, where a small change shows, decide it alone.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import log_softmax
 
 from onnxprune.analysis import Analysis
 from onnxprune.batches import Batches, sample_bytes
 from onnxprune.calibrate import Arrays
+from onnxprune.graph import Graph
 from onnxprune.memory import Room
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
@@ -23,15 +24,20 @@ from onnxprune.runtime import Runtime
 from onnxprune.segments import Segments, late_order
 from onnxprune.shelf import Shelf
 
+_LOOKED_AT = 1 << 30  # bytes that the largest frontier of the samples may take
+_SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid")
+_MOVING = ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 
-def divergence(
+
+def deviation(
     original: Mapping[str, np.ndarray], changed: Mapping[str, np.ndarray], spreads: Mapping[str, float] | None = None
 ) -> float:
-    """How far outputs moved, summed over the samples and the floating-point outputs.
+    """How far outputs moved: squared error relative to their variance, summed over samples and floating-point outputs.
 
-    Scores (rank 2, at least two classes) are compared as distributions, mean KL(original || changed) in nats; they may
-    be logits or probabilities. Other outputs by squared error relative to their variance: ``spreads``, for samples that
-    are not all that there are.
+    Args:
+        original: outputs, batch first.
+        changed: the same of another network.
+        spreads: variances, of samples that are not all that there are; of the original's outputs unless given.
     """
     spreads = spreads if spreads is not None else _spreads([original])
     total = 0.0
@@ -39,14 +45,11 @@ def divergence(
         b = changed[name]
         if a.dtype.kind != "f" or a.shape != b.shape or not a.size:
             continue
-        one, two = a.astype(np.float64), b.astype(np.float64)
-        if not np.isfinite(two).all():
+        known = np.isfinite(a)  # masked scores are minus infinity
+        if not np.isfinite(b[known]).all():
             return float("inf")
-        if a.ndim == 2 and a.shape[1] > 1:
-            p, q = _log_probabilities(one), _log_probabilities(two)
-            total += float((np.exp(p) * (p - q)).sum())
-        else:
-            total += float(np.square(one - two).mean() / spreads[name]) * len(a)
+        gap = np.subtract(a[known], b[known], dtype=np.float64)
+        total += float(np.square(gap).sum() / a.size / spreads[name]) * len(a)
     return total
 
 
@@ -54,23 +57,25 @@ def _spreads(outputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
     """Variance of every output over all of its values; one where it does not vary."""
     found = {}
     for name in outputs[0]:
-        values = [part[name] for part in outputs if part[name].dtype.kind == "f" and part[name].size]
+        arrays = [part[name] for part in outputs if part[name].dtype.kind == "f"]
+        values = [a[np.isfinite(a)] for a in arrays]
         count = sum(v.size for v in values)
         mean = sum(float(v.sum(dtype=np.float64)) for v in values) / max(count, 1)
         found[name] = sum(float(np.square(v - mean, dtype=np.float64).sum()) for v in values) / max(count, 1) or 1.0
     return found
 
 
-def _log_probabilities(scores: np.ndarray) -> np.ndarray:
-    if (scores >= 0).all() and np.allclose(scores.sum(axis=1), 1.0, atol=1e-3):
-        result: np.ndarray = np.log(np.maximum(scores, 1e-12))
-        return result
-    found: np.ndarray = log_softmax(scores, axis=1)
-    return found
+def unsquashed(graph: Graph, output: str) -> str:
+    """Of an output that a softmax or a sigmoid makes, what that reads; else the output itself."""
+    name = output
+    while (node := graph.producer.get(name)) is not None and node.op in _MOVING:
+        name = node.inputs[0]
+    if node is None or node.op not in _SQUASHING or node.inputs[0] not in graph.producer:
+        return output
+    return node.inputs[0]
 
 
 Variant = Mapping[str, np.ndarray]  # new values of some stored tensors
-_LOOKED_AT = 1 << 30  # bytes that the largest frontier of the samples may take
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +101,7 @@ def measure(
     progress: Progress,
     room: Room,
 ) -> dict[int, list[float]]:
-    """Divergence of the output for variants of the network, each run only from the first changed layer on.
+    """Deviation of the output for variants of the network, each run only from the first changed layer on.
 
     Args:
         analysis: of the original.
@@ -107,7 +112,8 @@ def measure(
         room: what this may take.
     """
     graph = analysis.graph
-    names = [n for n in graph.outputs if n not in graph.computed_from_constants]
+    outputs = [n for n in graph.outputs if n not in graph.computed_from_constants]
+    names = list(dict.fromkeys(unsquashed(graph, n) for n in outputs))
     changed = {g: sorted(v.tensors) for g, v in variants.items() if v.count and v.tensors}
     first = {g: min(n.index for name in tensors for n in graph.consumers[name]) for g, tensors in changed.items()}
     order = late_order(graph, set(first.values()))
@@ -143,7 +149,7 @@ def measure(
             for variant in variants[group].values:
                 arrays: Arrays = {k: cast(v, graph.array(k).dtype) for k, v in variant.items()}
                 moved = sum(
-                    divergence({n: wanted[n] for n in later}, suffix.run(shelf.get(state), arrays), spreads)
+                    deviation({n: wanted[n] for n in later}, suffix.run(shelf.get(state), arrays), spreads)
                     for state, wanted in zip(states, expected, strict=True)
                 )
                 results[group].append(moved / samples)

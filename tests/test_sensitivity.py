@@ -2,66 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
 import pytest
 from builder import RUNTIME, Builder, analysed, run
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.special import softmax
 
 from onnxprune.batches import Batches
 from onnxprune.data import load_calibration
 from onnxprune.memory import Room
 from onnxprune.progress import Progress
-from onnxprune.sensitivity import Variants, divergence, measure
+from onnxprune.sensitivity import Variants, deviation, measure, unsquashed
 
-HALF = np.log([[0.5, 0.5]])
-SKEW = np.log([[0.25, 0.75]])
-SKEWED = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
+SCORES = np.array([[1.0, 3.0], [3.0, 1.0]])  # variance 1
 IMAGE = np.array([[[[1.0, 3.0]]], [[[1.0, 3.0]]]])  # variance 1
+MASKED = np.array([[1.0, 3.0, -np.inf, -np.inf]])
 
-# name: original, changed, divergence
-DIVERGENCES: dict[str, tuple[np.ndarray, np.ndarray, float]] = {
-    "alike": (SKEW, SKEW, 0.0),
-    "logits": (HALF, SKEW, SKEWED),
-    "logits, two samples": (np.repeat(HALF, 2, 0), np.repeat(SKEW, 2, 0), 2 * SKEWED),
-    "shifted logits": (SKEW, SKEW + 7.0, 0.0),
-    "probabilities": (np.exp(HALF), np.exp(SKEW), SKEWED),
-    "a probability of zero": (np.array([[0.0, 1.0]]), np.array([[0.5, 0.5]]), np.log(2)),
+# name: original, changed, deviation
+DEVIATIONS: dict[str, tuple[np.ndarray, np.ndarray, float]] = {
+    "alike": (SCORES, SCORES, 0.0),
+    "scores": (SCORES, SCORES + np.array([[0.0, 2.0], [0.0, 0.0]]), 4.0 / 4 * 2),
     "one column": (np.array([[1.0], [3.0]]), np.array([[1.0], [4.0]]), 0.5 / 1.0 * 2),
     "images": (IMAGE, IMAGE + 0.5, 0.25 * 2),
+    "narrow images": (IMAGE.astype(np.float16), (IMAGE + 0.5).astype(np.float16), 0.25 * 2),
     "constant": (np.full((2, 1, 2), 3.0), np.full((2, 1, 2), 5.0), 4.0 * 2),
+    "masked": (MASKED, MASKED + 1.0, 2.0 / 4),
     "integers": (np.array([[1, 2]]), np.array([[5, 6]]), 0.0),
     "nothing": (np.zeros((0, 4)), np.zeros((0, 4)), 0.0),
-    "not finite": (HALF, np.array([[np.nan, 0.0]]), np.inf),
+    "not finite": (SCORES, SCORES * np.nan, np.inf),
     "infinite": (IMAGE, IMAGE * np.inf, np.inf),
 }
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_divergence(name: str) -> None:
-    original, changed, expected = DIVERGENCES[name]
-    assert divergence({"y": original}, {"y": changed}) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+@pytest.mark.parametrize("name", DEVIATIONS)
+def test_deviation(name: str) -> None:
+    original, changed, expected = DEVIATIONS[name]
+    assert deviation({"y": original}, {"y": changed}) == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
-def test_divergence_adds_up_over_outputs() -> None:
-    found = divergence({"a": HALF, "b": IMAGE}, {"a": SKEW, "b": IMAGE + 0.5})
-    assert found == pytest.approx(SKEWED + 0.5, rel=1e-12)
+def test_deviation_adds_up_over_outputs() -> None:
+    found = deviation({"a": SCORES, "b": IMAGE}, {"a": SCORES + 1.0, "b": IMAGE + 0.5})
+    assert found == pytest.approx(2.0 + 0.5, rel=1e-12)
 
 
-@given(st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
-def test_divergence_is_that_of_the_distributions_and_never_negative(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    a, b = rng.standard_normal((2, 4, 5))
-    p, q = softmax(a, axis=1), softmax(b, axis=1)
-    expected = float((p * np.log(p / q)).sum())
-    assert divergence({"y": a}, {"y": b}) == pytest.approx(expected, rel=1e-9)
-    assert divergence({"y": p}, {"y": q}) == pytest.approx(expected, rel=1e-9)
-    assert expected > 0
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (lambda g, x: g.Softmax(x), "scores"),
+        (lambda g, x: g.Sigmoid(x), "scores"),
+        (lambda g, x: g.Reshape(g.LogSoftmax(g.Identity(x)), g.const(np.array([-1, 1, 3]), dtype=np.int64)), "scores"),
+        (lambda g, x: g.Tanh(x), "output"),
+        (lambda g, x: g.Relu(g.Softmax(x)), "output"),
+    ],
+    ids=["softmax", "sigmoid", "moved", "tanh", "inside"],
+)
+def test_scores_are_compared_in_front_of_what_squashes_them(end: Callable[[Builder, str], str], expected: str) -> None:
+    g = Builder(seed=0)
+    scores = g.gemm(g.input("x", ["n", 4]), 3, name="scores")
+    graph = analysed(g.model(end(g, scores)))[0].graph
+    found = unsquashed(graph, graph.outputs[0])
+    assert graph.producer[found].op in {"scores": ("Gemm", "Identity"), "output": (graph.nodes[-1].op,)}[expected]
+
+
+def test_a_softmax_of_the_input_is_compared_itself() -> None:
+    g = Builder(seed=0)
+    graph = analysed(g.model(g.Softmax(g.input("x", ["n", 4]))))[0].graph
+    assert unsquashed(graph, graph.outputs[0]) == graph.outputs[0]
 
 
 def network() -> onnx.ModelProto:
@@ -109,7 +116,7 @@ def test_variants_are_measured_as_whole_models(size: int, frontier: int) -> None
         for option, damage in zip(options, found[group], strict=True):
             arrays = {k: v.astype(np.float32) for k, v in option.items()}
             outputs = dict(zip(graph.outputs, run(changed(graph.model, arrays), feeds), strict=True))
-            direct = divergence(expected, outputs) / 10
+            direct = deviation(expected, outputs) / 10
             assert damage == pytest.approx(direct, rel=1e-3, abs=1e-9)
         assert min(found[group][:2]) > 1e-6
         assert abs(found[group][2]) < 1e-9
