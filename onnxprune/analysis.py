@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -297,6 +297,7 @@ def analyse(
     extra_seeds: tuple[Seed, ...] = (),
     sampled: frozenset[int] = frozenset(),
     approximate: bool = False,
+    copies: Mapping[str, str] | None = None,
 ) -> Analysis:
     """Find the groups of a (normalised) model.
 
@@ -309,6 +310,7 @@ def analyse(
         extra_seeds: axes to freeze besides.
         sampled: indices of convolutions with a channel sampler in front: what they read keeps its width.
         approximate: let normalised axes shrink, whose statistics are then taken of the channels that are left.
+        copies: constants that normalisation copied for their users, and of what.
     """
     nominal = nominal or shapes
     known = {
@@ -340,11 +342,29 @@ def analyse(
             if place[0] in known:
                 weights[place] = weights.get(place, 0.0) + macs
     silenced = [name for name in silencing(graph) - graph.unsilenced if graph.is_stored(name)]
-    coupling = couple(known, statements, seeds, weights, approximate, silenced)
+    coupling = couple(known, (*statements, *_alike(graph, copies or {})), seeds, weights, approximate, silenced)
     layers = tuple(layer for node in graph.nodes if (layer := layer_of(node, graph)) is not None)
     groups = _named(coupling, graph, statements)
     frozen = _frozen(coupling, graph, statements, terms, nominal)
     return Analysis(graph, shapes, statements, groups, frozen, terms, layers, nominal, sampled, coupling.approximate)
+
+
+def _alike(graph: Graph, copies: Mapping[str, str]) -> Iterator[Statement]:
+    """Of a bias that layers share each copy loses what the others do, so that it is still one.
+
+    Exporters write a turned copy of a shared weight for every use, but no copy of its bias. A vector of one number all
+    over is equal to others by chance.
+    """
+    biases = silencing(graph)
+    for copy, origin in copies.items():
+        if not {copy, origin} <= biases or not (graph.is_stored(copy) and graph.is_stored(origin)):
+            continue
+        dims = tuple(graph.stored(origin).dims)
+        values = graph.array(origin)
+        if len(dims) == 1 and graph.stored(origin).data_type in FLOATS and (values != values[:1]).any():
+            sizes = ([[dims[0]]],)
+            shared = OpView("Identity", "", 1, {}, sizes, sizes, (None,), (True,))
+            yield Statement(copy, "Identity", rules.describe(shared), (origin,), (copy,))
 
 
 def _sampling(statement: Statement) -> Statement:

@@ -80,10 +80,10 @@ def _analysed(
     shapes, nominal = form.shapes, form.nominal
     seeds: tuple[Seed, ...] = ()
     while True:
-        analysis = analyse(graph, shapes, nominal, only, exclude, seeds, approximate=approximate)
+        analysis = analyse(graph, shapes, nominal, only, exclude, seeds, frozenset(), approximate, form.flat.copies)
         sampled = samplable(analysis) if sampling else frozenset()
         if sampled:
-            analysis = analyse(graph, shapes, nominal, only, exclude, seeds, sampled, approximate)
+            analysis = analyse(graph, shapes, nominal, only, exclude, seeds, sampled, approximate, form.flat.copies)
         plan = Plan("", {g.name: tuple(range(max(g.units // 2, 1))) for g in analysis.groups})
         try:
             return Cuttable(analysis, form.flat, form.biases), plan, rewrite(analysis, plan)

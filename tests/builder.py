@@ -153,7 +153,7 @@ def laid_open(model: onnx.ModelProto, **options: Any) -> tuple[Analysis, Flat]:
     """The analysis of the normalised model, and how its branches are put back."""
     flat = forms(Graph(model), RUNTIME)[0]
     graph = Graph(flat.model)
-    return analyse(graph, probe(graph, RUNTIME), **options), flat
+    return analyse(graph, probe(graph, RUNTIME), copies=flat.copies, **options), flat
 
 
 def random_plan(analysis: Analysis, seed: int = 0, share: float = 0.5) -> Plan:

@@ -237,3 +237,20 @@ def test_what_is_computed_of_a_table_that_layers_read_follows_its_channels(copie
     assert left.shape == (12, 4)
     got = run(expose(new, [norms]), {"x": np.zeros((2, 3, 6, 6), np.float32)}, [norms])[0]
     np.testing.assert_allclose(got, np.square(whole if copied else left).sum(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_bias_that_layers_share_is_cut_once(same: bool) -> None:
+    """Exporters write a turned copy of a shared weight for every use; biases of one number are shared by chance."""
+    g = Builder()
+    bias = g.const(np.full(12, 0.5) if same else g.rng.standard_normal(12), name="bias")
+    x, outs = g.input("x", [2, 7, 6]), []
+    for name in ("first", "second"):
+        hidden = g.Add(g.node("MatMul", x, g.weight(6, 12), name=name), bias)
+        outs.append(g.linear(g.Relu(hidden), 3))
+    new, analysis, _, _ = pruned(g.model(*outs))
+    assert [info.producers for info in analysis.groups] == (
+        [("first",), ("second",)] if same else [("first", "second")]
+    )
+    if not same:
+        assert [tuple(t.dims) for t in new.graph.initializer if t.name.startswith("bias")] == [(6,)]
