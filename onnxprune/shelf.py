@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from onnxprune.errors import InputError
+from onnxprune.memory import text
 
 
 class _File:
@@ -62,19 +66,30 @@ class Shelf:
         self._folder.cleanup()
 
     def put(self, tensors: Mapping[str, np.ndarray], together: int) -> Shelved:
-        """Keep some of the tensors that take ``together`` bytes in all."""
+        """Keep some of the tensors that take ``together`` bytes in all.
+
+        Raises:
+            InputError: there is no room for them on the disk.
+        """
         if together <= self.limit:
             return dict(tensors)
         self.used_files = True
         found: dict[str, np.ndarray | _OnDisk] = {}
         file = _File(Path(self._folder.name) / str(next(self._numbers)))
-        with file.path.open("wb") as stream:
-            for name, array in tensors.items():
-                if array.dtype.hasobject:  # of strings, only the references could be written
-                    found[name] = array
-                    continue
-                found[name] = _OnDisk(file, stream.tell(), array.dtype, array.shape)
-                array.tofile(stream)
+        try:
+            with file.path.open("wb") as stream:
+                for name, array in tensors.items():
+                    if array.dtype.hasobject:  # of strings, only the references could be written
+                        found[name] = array
+                        continue
+                    found[name] = _OnDisk(file, stream.tell(), array.dtype, array.shape)
+                    array.tofile(stream)
+        except OSError as error:
+            raise InputError(
+                f"{self._folder.name}: expected room for {text(together)} of activations, found"
+                f" {text(shutil.disk_usage(self._folder.name).free)} ({error}); try another folder for temporary files"
+                " (TMPDIR), fewer samples, or --quick"
+            ) from error
         return found
 
     @staticmethod

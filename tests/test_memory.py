@@ -186,3 +186,11 @@ def test_sizes_that_do_not_fit_into_memory_are_not_probed(monkeypatch: pytest.Mo
     probes = probe(Graph(model), RUNTIME).probes
     assert resource.getrlimit(resource.RLIMIT_AS) == before
     assert [max(found.shapes["x"][2:]) for found in probes] == [24, 24]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_is_said_with_what_to_do(tmp_path: Path) -> None:
+    with Shelf(0) as shelf:
+        (Path(shelf._folder.name) / "0").symlink_to("/dev/full")
+        with pytest.raises(InputError, match=r"expected room for 3MiB of activations.*TMPDIR"):
+            shelf.put({"x": np.zeros(3 << 18, np.float32)}, 3 << 20)
