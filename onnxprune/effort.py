@@ -38,4 +38,4 @@ class Effort:
 
 # few samples say what damage is in squared error, and few widths, with a group's own errors between them
 THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 1.0, 32, 256, 1000, True)
-QUICK = Effort(1000, 4, (0.4, 0.1), 0.5, 16, 64, 0, False)
+QUICK = Effort(1000, 4, (0.4, 0.1), 0.5, 24, 64, 0, False)
