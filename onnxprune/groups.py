@@ -16,6 +16,8 @@ from onnxprune.axes import BoundAxis, BoundRelation, Refusal
 from onnxprune.choices import Solver
 from onnxprune.positions import VARYING, AxisId, Edges, Kind, Positions, Seed, Split, Statement
 
+_TOGETHER = "its channels could only go all together"
+
 
 @dataclass(frozen=True, eq=False)
 class GroupAxis:
@@ -293,8 +295,16 @@ def couple(
             weight[start : start + size] += macs / size
     stated = (builder.edges, builder.splits, builder.seed_of, builder.seeds)
     label, frozen = Solver(positions, *stated, weight).run()
+    units = _units(positions, label, frozen, weight)
+    around = {name: s for s in reversed(statements) for name in (*s.outputs, *s.inputs)}
+    axes, starts = list(positions.offset), np.fromiter(positions.offset.values(), np.int64)
+    for (unit,) in (members for members in units if len(members) == 1):  # of every group one unit stays
+        place = axes[int(np.searchsorted(starts, unit[np.argmax(weight[unit])], side="right")) - 1]
+        statement = around[place[0]]
+        frozen[unit] = len(builder.seeds)
+        builder.seeds.append(Seed(Kind.TOGETHER, _TOGETHER, statement.node, statement.op, *place))
     return Coupling(
-        tuple(_group(positions, label, frozen, weight)),
+        tuple(_groups(positions, [members for members in units if len(members) > 1])),
         _frozen_axes(positions, frozen, builder.seeds),
         builder.approximate,
     )
@@ -313,14 +323,13 @@ def _first(unit: np.ndarray) -> int:
     return int(unit[0])
 
 
-def _group(positions: Positions, label: np.ndarray, frozen: np.ndarray, weight: np.ndarray) -> list[Group]:
+def _units(positions: Positions, label: np.ndarray, frozen: np.ndarray, weight: np.ndarray) -> list[list[np.ndarray]]:
     """Components that touch the same axes in the same numbers, in the order of their first position."""
     worth = np.zeros(int(label.max(initial=-1)) + 1, bool)
     worth[label[weight > 0]] = True
     free = np.flatnonzero((frozen < 0) & worth[label])
     if not len(free):
         return []
-    axes = list(positions.offset)
     starts = np.fromiter(positions.offset.values(), np.int64)
     axis_of = np.searchsorted(starts, free, side="right") - 1
     order = np.lexsort((free, axis_of, label[free]))
@@ -329,10 +338,16 @@ def _group(positions: Positions, label: np.ndarray, frozen: np.ndarray, weight: 
     by_signature: dict[bytes, list[np.ndarray]] = {}
     for start, end in zip(bounds, [*bounds[1:], len(free)], strict=True):
         by_signature.setdefault(axis_of[start:end].tobytes(), []).append(free[start:end])
-    groups: list[Group] = []
     for units in by_signature.values():
         units.sort(key=_first)
-    for members in sorted(by_signature.values(), key=lambda units: _first(units[0])):
+    return sorted(by_signature.values(), key=lambda units: _first(units[0]))
+
+
+def _groups(positions: Positions, units: list[list[np.ndarray]]) -> list[Group]:
+    axes = list(positions.offset)
+    starts = np.fromiter(positions.offset.values(), np.int64)
+    groups: list[Group] = []
+    for members in units:
         table = np.stack(members)  # (units, positions per unit)
         columns = np.searchsorted(starts, table[0], side="right") - 1
         parts = []

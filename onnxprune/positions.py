@@ -49,6 +49,7 @@ class Kind(enum.StrEnum):
     SUMMED = "summed"  # summed up, and a silenced channel is not zero
     POLE = "pole"  # a silenced channel is zero, and what comes of that is not finite
     PRODUCT = "product"  # a product of factors of which another one is cut
+    TOGETHER = "together"  # one unit, of which one has to stay
     SAMPLED = "sampled"  # readers choose among the channels instead
     STATED = "stated"  # a size is stated in a way that cannot be mended
 

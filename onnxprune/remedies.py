@@ -20,6 +20,7 @@ REMEDIES = {
     " (quantised ones read with one stored zero point)",
     Kind.POLE: "a small number added before {op}, so that nothing is divided by zero",
     Kind.PRODUCT: "nothing while the other factor is cut; --exclude the layers of that group to cut this one instead",
+    Kind.TOGETHER: "numbers of channels and of groups that divide one another, where a shuffle mixes what layers part",
     Kind.SAMPLED: "--no-samplers cuts the stream itself, for all its readers alike",
     Kind.STATED: "an export in which the size is a constant, or follows from Shape; simplifying the model may do",
 }

@@ -283,6 +283,17 @@ def test_a_sum_over_what_is_zero_when_silenced_goes() -> None:
     assert table(analysis) == ["a x4: a.w.0:1 a.b.0:1"]
 
 
+def test_channels_that_could_only_go_together_stay() -> None:
+    """A shuffle of three times four channels spreads those that a convolution of three groups reads alike over all."""
+
+    def make(g: Builder) -> str:
+        x = g.Reshape(conv(g, image(g), "a", 12), g.const([2, 3, 4, 6, 6]))
+        x = g.Reshape(g.Transpose(x, perm=[0, 2, 1, 3, 4]), g.const([2, 12, 6, 6]))
+        return conv(g, x, "b", 6, group=3)
+
+    assert frozen(make) == ["12: its channels could only go all together (Conv of a,b)"]
+
+
 def test_an_axis_goes_through_the_branches_of_an_if() -> None:
     g = Builder()
     x = conv(g, image(g), "a", 4)
