@@ -36,6 +36,6 @@ class Effort:
         return min(max(wanted, self.fewest), self.most, samples // 2)
 
 
-# few samples say what damage is in squared error, and few widths, with a group's own errors between them
-THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 1.0, 32, 256, 1000, True)
+# few widths say what damage is, with a group's own errors between them; samples are better spent than widths
+THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 1.0, 64, 256, 1000, True)
 QUICK = Effort(1000, 4, (0.4, 0.1), 0.5, 24, 64, 0, False)

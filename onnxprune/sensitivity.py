@@ -1,17 +1,23 @@
 """What a group's loss does to the network's output: the yardstick that makes errors comparable across layers.
 
 Each group is narrowed alone, its readers fitted again in closed form, to a few widths, and the rest of the network is
-run from there on a small part of the data. What counts is the squared error of the outputs relative to their variance;
-of scores that end in a softmax or a sigmoid, in front of that. Of few samples the divergence between the distributions
-says much less: some samples near a border between classes, where a small change shows, decide it alone.
+run from there on a small part of the data. Class scores are compared as distributions, other outputs by squared error;
+scores and numbers that a softmax or a sigmoid ends in, in front of that.
+
+Of few samples the divergence between distributions says little where the answers are all but certain: the few samples
+near a border between classes decide it alone. So scores are divided by a temperature (Hinton et al. 2015) at which the
+original's answers are uncertain enough; in the limit that is squared error, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import entr, log_softmax, softmax
 
 from onnxprune.analysis import Analysis
 from onnxprune.batches import Batches, sample_bytes
@@ -25,21 +31,64 @@ from onnxprune.segments import Segments, late_order
 from onnxprune.shelf import Shelf
 
 _LOOKED_AT = 1 << 30  # bytes that the largest frontier of the samples may take
+_UNCERTAIN = 0.25  # mean entropy of the answers, of that of a guess
+_HOTTEST = 20.0  # power of two
 _SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid")
 _MOVING = ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 
 
+@dataclass(frozen=True)
+class Yardstick:
+    """What an output's changes are compared with: its variance, and a temperature where it is scores of classes."""
+
+    variance: float
+    temperature: float | None
+
+
+def yardsticks(outputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Yardstick]:
+    """Of every floating-point output, from what all samples gave."""
+    found = {}
+    for name in outputs[0]:
+        arrays = [part[name] for part in outputs if part[name].dtype.kind == "f" and part[name].size]
+        values = [a[np.isfinite(a)] for a in arrays]
+        count = sum(v.size for v in values)
+        mean = sum(float(v.sum(dtype=np.float64)) for v in values) / max(count, 1)
+        variance = sum(float(np.square(v - mean, dtype=np.float64).sum()) for v in values) / max(count, 1)
+        scores = bool(arrays) and arrays[0].ndim == 2 and arrays[0].shape[1] > 1
+        temperature = _temperature(np.concatenate(arrays)) if scores else None
+        found[name] = Yardstick(variance or 1.0, temperature)
+    return found
+
+
+def _temperature(scores: np.ndarray) -> float:
+    """The lowest temperature of at least one at which answers are as uncertain as they have to be, on average."""
+    wanted = _UNCERTAIN * math.log(scores.shape[1])
+    scores = scores[np.isfinite(scores).any(axis=1)].astype(np.float64)
+
+    def missing(power: float) -> float:
+        return wanted - float(entr(softmax(scores / 2.0**power, axis=1)).sum(axis=1).mean())
+
+    if not len(scores) or missing(0.0) <= 0.0 or not missing(_HOTTEST) < 0.0:  # the last where most is masked, or NaN
+        return 1.0
+    return float(2.0 ** brentq(missing, 0.0, _HOTTEST, xtol=1e-3))
+
+
 def deviation(
-    original: Mapping[str, np.ndarray], changed: Mapping[str, np.ndarray], spreads: Mapping[str, float] | None = None
+    original: Mapping[str, np.ndarray],
+    changed: Mapping[str, np.ndarray],
+    compared: Mapping[str, Yardstick] | None = None,
 ) -> float:
-    """How far outputs moved: squared error relative to their variance, summed over samples and floating-point outputs.
+    """How far outputs moved relative to their variance, summed over samples and floating-point outputs.
+
+    Scores (rank 2, at least two classes) by T^2 KL(original || changed) at the temperature T of their yardstick, others
+    by mean squared error.
 
     Args:
         original: outputs, batch first.
         changed: the same of another network.
-        spreads: variances, of samples that are not all that there are; of the original's outputs unless given.
+        compared: yardsticks, of samples that are not all that there are; of the original's outputs unless given.
     """
-    spreads = spreads if spreads is not None else _spreads([original])
+    compared = compared if compared is not None else yardsticks([original])
     total = 0.0
     for name, a in original.items():
         b = changed[name]
@@ -48,21 +97,16 @@ def deviation(
         known = np.isfinite(a)  # masked scores are minus infinity
         if not np.isfinite(b[known]).all():
             return float("inf")
-        gap = np.subtract(a[known], b[known], dtype=np.float64)
-        total += float(np.square(gap).sum() / a.size / spreads[name]) * len(a)
+        heat = compared[name].temperature
+        if heat is not None:
+            with np.errstate(invalid="ignore"):  # where everything is masked
+                p, q = (log_softmax(x.astype(np.float64) / heat, axis=1)[known] for x in (a, b))
+            moved = heat**2 * float((np.exp(p) * (p - q)).sum())
+        else:
+            gap = np.subtract(a[known], b[known], dtype=np.float64)
+            moved = float(np.square(gap).sum()) / a.size * len(a)
+        total += moved / compared[name].variance
     return total
-
-
-def _spreads(outputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Variance of every output over all of its values; one where it does not vary."""
-    found = {}
-    for name in outputs[0]:
-        arrays = [part[name] for part in outputs if part[name].dtype.kind == "f"]
-        values = [a[np.isfinite(a)] for a in arrays]
-        count = sum(v.size for v in values)
-        mean = sum(float(v.sum(dtype=np.float64)) for v in values) / max(count, 1)
-        found[name] = sum(float(np.square(v - mean, dtype=np.float64).sum()) for v in values) / max(count, 1) or 1.0
-    return found
 
 
 def unsquashed(graph: Graph, output: str) -> str:
@@ -130,7 +174,7 @@ def measure(
         whole = segments.piece(0, len(order), names, shelf.get(states[0]))
         expected = [whole.run(shelf.get(state)) for state in states]
         del whole  # a session holds what it once needed
-        spreads = _spreads(expected)
+        compared = yardsticks(expected)
         here = 0
         for group in sorted(changed, key=lambda g: place[g]):
             if place[group] > here:
@@ -149,7 +193,7 @@ def measure(
             for variant in variants[group].values:
                 arrays: Arrays = {k: cast(v, graph.array(k).dtype) for k, v in variant.items()}
                 moved = sum(
-                    deviation({n: wanted[n] for n in later}, suffix.run(shelf.get(state), arrays), spreads)
+                    deviation({n: wanted[n] for n in later}, suffix.run(shelf.get(state), arrays), compared)
                     for state, wanted in zip(states, expected, strict=True)
                 )
                 results[group].append(moved / samples)

@@ -8,29 +8,35 @@ import numpy as np
 import onnx
 import pytest
 from builder import RUNTIME, Builder, analysed, run
+from scipy.special import softmax
 
 from onnxprune.batches import Batches
 from onnxprune.data import load_calibration
 from onnxprune.memory import Room
 from onnxprune.progress import Progress
-from onnxprune.sensitivity import Variants, deviation, measure, unsquashed
+from onnxprune.sensitivity import Variants, deviation, measure, unsquashed, yardsticks
 
-SCORES = np.array([[1.0, 3.0], [3.0, 1.0]])  # variance 1
+HALF = np.log([[0.5, 0.5]])  # does not vary
+SKEW = np.log([[0.25, 0.75]])
+SKEWED = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
 IMAGE = np.array([[[[1.0, 3.0]]], [[[1.0, 3.0]]]])  # variance 1
-MASKED = np.array([[1.0, 3.0, -np.inf, -np.inf]])
+MASKED = np.array([[0.0, 0.0, -np.inf]])
 
 # name: original, changed, deviation
 DEVIATIONS: dict[str, tuple[np.ndarray, np.ndarray, float]] = {
-    "alike": (SCORES, SCORES, 0.0),
-    "scores": (SCORES, SCORES + np.array([[0.0, 2.0], [0.0, 0.0]]), 4.0 / 4 * 2),
+    "alike": (SKEW, SKEW, 0.0),
+    "scores": (HALF, SKEW, SKEWED),
+    "scores, two samples": (np.repeat(HALF, 2, 0), np.repeat(SKEW, 2, 0), 2 * SKEWED),
+    "shifted scores": (HALF, HALF + 7.0, 0.0),
+    "masked": (MASKED, MASKED + SKEW[0, 0], 0.0),
     "one column": (np.array([[1.0], [3.0]]), np.array([[1.0], [4.0]]), 0.5 / 1.0 * 2),
     "images": (IMAGE, IMAGE + 0.5, 0.25 * 2),
     "narrow images": (IMAGE.astype(np.float16), (IMAGE + 0.5).astype(np.float16), 0.25 * 2),
+    "masked images": (np.append(IMAGE, IMAGE * -np.inf, 1), np.append(IMAGE + 0.5, IMAGE * -np.inf, 1), 0.125 * 2),
     "constant": (np.full((2, 1, 2), 3.0), np.full((2, 1, 2), 5.0), 4.0 * 2),
-    "masked": (MASKED, MASKED + 1.0, 2.0 / 4),
     "integers": (np.array([[1, 2]]), np.array([[5, 6]]), 0.0),
     "nothing": (np.zeros((0, 4)), np.zeros((0, 4)), 0.0),
-    "not finite": (SCORES, SCORES * np.nan, np.inf),
+    "not finite": (HALF, HALF * np.nan, np.inf),
     "infinite": (IMAGE, IMAGE * np.inf, np.inf),
 }
 
@@ -42,8 +48,26 @@ def test_deviation(name: str) -> None:
 
 
 def test_deviation_adds_up_over_outputs() -> None:
-    found = deviation({"a": SCORES, "b": IMAGE}, {"a": SCORES + 1.0, "b": IMAGE + 0.5})
-    assert found == pytest.approx(2.0 + 0.5, rel=1e-12)
+    found = deviation({"a": HALF, "b": IMAGE}, {"a": SKEW, "b": IMAGE + 0.5})
+    assert found == pytest.approx(SKEWED + 0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize(("size", "classes"), [(0.1, 5), (1.0, 5), (10.0, 2), (10.0, 1000), (1e4, 10)])
+def test_scores_are_compared_at_a_temperature_where_answers_are_uncertain(size: float, classes: int) -> None:
+    a, b = size * np.random.default_rng(0).standard_normal((2, 40, classes))
+    found = yardsticks([{"y": a[:10]}, {"y": a[10:]}])["y"]
+    assert found.variance == pytest.approx(a.var()) and found.temperature is not None
+    p, q = softmax(a / found.temperature, axis=1), softmax(b / found.temperature, axis=1)
+    entropy = -(p * np.log(p)).sum(axis=1).mean() / np.log(classes)
+    assert entropy == pytest.approx(0.25, rel=1e-2) if found.temperature > 1.0 else entropy > 0.25
+    assert (found.temperature > 1.0) == (size > 1.0)
+    expected = found.temperature**2 * (p * np.log(p / q)).sum() / found.variance
+    assert deviation({"y": a}, {"y": b}) == pytest.approx(expected, rel=1e-6) and expected > 0
+
+
+def test_what_is_masked_throughout_has_a_temperature_too() -> None:
+    found = yardsticks([{"y": np.full((3, 4), -np.inf)}])["y"]
+    assert found.temperature == 1.0 and found.variance == 1.0
 
 
 @pytest.mark.parametrize(
