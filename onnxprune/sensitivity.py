@@ -54,21 +54,22 @@ def yardsticks(outputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Yardsti
         count = sum(v.size for v in values)
         mean = sum(float(v.sum(dtype=np.float64)) for v in values) / max(count, 1)
         variance = sum(float(np.square(v - mean, dtype=np.float64).sum()) for v in values) / max(count, 1)
-        scores = bool(arrays) and arrays[0].ndim == 2 and arrays[0].shape[1] > 1
-        temperature = _temperature(np.concatenate(arrays)) if scores else None
+        scores = bool(arrays) and all(a.ndim == 2 and a.shape[1] > 1 for a in arrays)
+        temperature = _temperature(arrays) if scores else None
         found[name] = Yardstick(variance or 1.0, temperature)
     return found
 
 
-def _temperature(scores: np.ndarray) -> float:
+def _temperature(parts: Sequence[np.ndarray]) -> float:
     """The lowest temperature of at least one at which answers are as uncertain as they have to be, on average."""
-    wanted = _UNCERTAIN * math.log(scores.shape[1])
-    scores = scores[np.isfinite(scores).any(axis=1)].astype(np.float64)
+    scores = [part[np.isfinite(part).any(axis=1)].astype(np.float64) for part in parts]
+    count = sum(map(len, scores))
 
     def missing(power: float) -> float:
-        return wanted - float(entr(softmax(scores / 2.0**power, axis=1)).sum(axis=1).mean())
+        shares = [float(entr(softmax(a / 2.0**power, axis=1)).sum()) / math.log(a.shape[1]) for a in scores]
+        return _UNCERTAIN * count - math.fsum(shares)
 
-    if not len(scores) or missing(0.0) <= 0.0 or not missing(_HOTTEST) < 0.0:  # the last where most is masked, or NaN
+    if not count or missing(0.0) <= 0.0 or not missing(_HOTTEST) < 0.0:  # the last where most is masked, or NaN
         return 1.0
     return float(2.0 ** brentq(missing, 0.0, _HOTTEST, xtol=1e-3))
 

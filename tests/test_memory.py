@@ -189,7 +189,7 @@ def test_sizes_that_do_not_fit_into_memory_are_not_probed(monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
-def test_a_full_disk_is_said_with_what_to_do(tmp_path: Path) -> None:
+def test_a_full_disk_is_said_with_what_to_do() -> None:
     with Shelf(0) as shelf:
         (Path(shelf._folder.name) / "0").symlink_to("/dev/full")
         with pytest.raises(InputError, match=r"expected room for 3MiB of activations.*TMPDIR"):

@@ -65,6 +65,17 @@ def test_scores_are_compared_at_a_temperature_where_answers_are_uncertain(size: 
     assert deviation({"y": a}, {"y": b}) == pytest.approx(expected, rel=1e-6) and expected > 0
 
 
+def test_scores_may_be_of_as_many_classes_as_a_sample_has_positions() -> None:
+    rng = np.random.default_rng(0)
+    parts = [{"y": 10.0 * rng.standard_normal((1, length))} for length in (3, 7, 50)]
+    found = yardsticks(parts)["y"]
+    assert found.temperature is not None and found.temperature > 1.0
+    shares = []
+    for p in (softmax(part["y"] / found.temperature, axis=1) for part in parts):
+        shares.append(-(p * np.log(p)).sum() / np.log(p.shape[1]))
+    assert np.mean(shares) == pytest.approx(0.25, rel=1e-2)
+
+
 def test_what_is_masked_throughout_has_a_temperature_too() -> None:
     found = yardsticks([{"y": np.full((3, 4), -np.inf)}])["y"]
     assert found.temperature == 1.0 and found.variance == 1.0
