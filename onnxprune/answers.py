@@ -6,6 +6,7 @@ tensors has to be kept, and the original need not run beside the pruned network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ class Answers:
         batches: the data.
         room: bytes that a view may take.
         shelf: where to keep them.
+        products: multiplications that a view may take.
     """
 
     def __init__(
@@ -56,10 +58,11 @@ class Answers:
         batches: Batches,
         room: int,
         shelf: Shelf,
+        products: float = math.inf,
     ) -> None:
         self.readers, self.batches, self.shelf = tuple(readers), batches, shelf
         views = blocks if batches.data.batchable else ()
-        self.views = {b.tensor: View(b, analysis.graph, batches, room) for b in views}
+        self.views = {b.tensor: View(b, analysis.graph, batches, room, products) for b in views}
         everything = {*analysis.graph.producer, *(spec.name for spec in analysis.graph.inputs)}
         self._residuals = {r.index: _residual(analysis, r, everything) for r in readers}
         self._kept: list[Shelved] = []

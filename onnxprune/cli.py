@@ -138,7 +138,8 @@ def cli() -> None:
 @with_approximate
 @with_memory
 @with_dask
-@click.option("--quick", is_flag=True, help="Fit every layer once: several times faster, less accurate.")
+@click.option("--quick", is_flag=True, help="Fit every layer once: faster, less accurate.")
+@click.option("--thorough", is_flag=True, help="Look at more samples, for longer: slower, a little more accurate.")
 @click.option("--no-reconstruct", is_flag=True, help="Keep the weights as they are; only take channels out.")
 @with_layers
 @click.option("--resume", is_flag=True, help="Go on from where the same run was stopped.")

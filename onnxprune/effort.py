@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -19,6 +20,8 @@ class Effort:
         mirrored: samples up to which their mirror images are looked at as well.
         together: whether a limiter behind a layer is minded, and neighbouring layers are fitted together; else every
             layer is fitted once, from sums.
+        products: multiplications that one look at the samples of such a fit may take in the original's layers; wide
+            layers are looked at in fewer positions for it, within reason.
     """
 
     samples: int
@@ -29,6 +32,7 @@ class Effort:
     most: int
     mirrored: int
     together: bool
+    products: float = math.inf
 
     def damage_samples(self, samples: int, groups: int) -> int:
         """Of so many samples, how many damage is measured on: a measurement runs half of the network, on average."""
@@ -38,4 +42,5 @@ class Effort:
 
 # few widths say what damage is, with a group's own errors between them; samples are better spent than widths
 THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 1.0, 64, 256, 1000, True)
+BALANCED = Effort(1600, 4, (0.4, 0.1), 0.5, 40, 256, 1000, True, 1.2e9)
 QUICK = Effort(1000, 4, (0.4, 0.1), 0.5, 24, 64, 0, False)

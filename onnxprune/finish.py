@@ -188,6 +188,7 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
             "budget": settings.budget,
             "reconstruct": settings.reconstruct,
             "quick": settings.quick,
+            "thorough": settings.thorough,
             "only": settings.only,
             "exclude": settings.exclude,
             "multiple": settings.multiple,

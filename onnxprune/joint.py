@@ -8,12 +8,13 @@ what the outer layers give is linear in a change of the inner weights, and linea
 
 so that both changes come out of one linear least-squares problem, which conjugate gradients solve from products with
 the layers and their transposes, preconditioned by the Gram matrices of the layers' inputs. Then the pattern is looked
-at again. A step counts only if it lowers the error on samples that the problem was not made of. This is Gauss and
-Newton's method on two layers; the network behind them plays no part, and no label either.
+at again (`descent`). This is Gauss and Newton's method on two layers; the network behind them plays no part, and no
+label either.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,22 +22,17 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from scipy.linalg import cho_factor, cho_solve
 
 from onnxprune.blocks import Block, BlockData
 from onnxprune.graph import Graph
 from onnxprune.layers import Layer
-from onnxprune.memory import give_back
 from onnxprune.readers import matrices_of
 from onnxprune.runtime import Runtime
 from onnxprune.segments import Piece, Segments
 from onnxprune.statistics import squared
 from onnxprune.unfold import Unfolding, from_matrices, out_positions
 
-ROUNDS = 2  # times that the pattern is looked at
-STEPS = 6  # of conjugate gradients at most, each round; the first one is also tried by half
-_ROWS_PER_COLUMN = 128  # of those that a preconditioner is made of: it need not be exact
-_DAMPING = 1e-3  # of the Gram matrices, relative to the mean of the diagonal
+CHUNKS = 4  # that a block's samples are worked on in
 
 Arrays = dict[str, np.ndarray]
 Vector = list[np.ndarray]  # one stack of matrices per layer, the inner ones first
@@ -71,19 +67,23 @@ class Network:
 
     def __init__(self, graph: Graph, runtime: Runtime, block: Block) -> None:
         self.graph, self.block, self.runtime = graph, block, runtime
-        self.segments = Segments(graph, range(len(graph.nodes)), runtime)  # windows have sizes of their own
+        # several chunks of the samples are worked on side by side
+        self.at_once, self._shared = runtime.shared_out(CHUNKS)
+        self.segments = Segments(graph, range(len(graph.nodes)), self._shared)  # windows have sizes of their own
         self._pieces: dict[object, Piece] = {}
         self._pool: ort.InferenceSession | None = None
         self._adjoints: dict[tuple[int, tuple[int, ...]], Callable[[np.ndarray, np.ndarray], np.ndarray]] = {}
+        self._making = threading.Lock()  # no session twice
         self.layers = [i.layer for i in block.inner] + [r.layer for r in block.outer]
 
     def _part(self, nodes: Sequence[int], outputs: Sequence[str], feeds: Mapping[str, np.ndarray]) -> Piece:
         key = (tuple(nodes), tuple(outputs))
-        if key not in self._pieces:
-            read = {name for k in nodes for name in self.graph.nodes[k].inputs}
-            free = [n for layer in self.layers for n in (layer.weight, layer.bias) if n in read]
-            self._pieces[key] = self.segments.part(nodes, outputs, feeds, free=free)
-        return self._pieces[key]
+        with self._making:
+            if key not in self._pieces:
+                read = {name for k in nodes for name in self.graph.nodes[k].inputs}
+                free = [n for layer in self.layers for n in (layer.weight, layer.bias) if n in read]
+                self._pieces[key] = self.segments.part(nodes, outputs, feeds, free=free)
+            return self._pieces[key]
 
     def stored(self, layer: Layer, matrices: np.ndarray) -> Arrays:
         """Matrices as the tensors that the model stores."""
@@ -132,14 +132,15 @@ class Network:
         if self.block.pool is None:
             return None
         node = self.block.pool[0]
-        if self._pool is None:
-            proto = onnx.helper.make_node("MaxPool", ["x"], ["y", "at"], **node.attributes)
-            element = onnx.helper.np_dtype_to_tensor_dtype(joined.dtype)
-            x = onnx.helper.make_tensor_value_info("x", element, [None] * joined.ndim)
-            at = onnx.helper.make_tensor_value_info("at", onnx.TensorProto.INT64, [None] * joined.ndim)
-            graph = onnx.helper.make_graph([proto], "pool", [x], [at])
-            opset = [onnx.helper.make_opsetid("", 17)]
-            self._pool = self.runtime.session(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8))
+        with self._making:
+            if self._pool is None:
+                proto = onnx.helper.make_node("MaxPool", ["x"], ["y", "at"], **node.attributes)
+                element = onnx.helper.np_dtype_to_tensor_dtype(joined.dtype)
+                x = onnx.helper.make_tensor_value_info("x", element, [None] * joined.ndim)
+                at = onnx.helper.make_tensor_value_info("at", onnx.TensorProto.INT64, [None] * joined.ndim)
+                graph = onnx.helper.make_graph([proto], "pool", [x], [at])
+                opset = [onnx.helper.make_opsetid("", 17)]
+                self._pool = self._shared.session(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8))
         found: np.ndarray = self._pool.run(None, {"x": joined})[0]
         return found
 
@@ -152,10 +153,12 @@ class Network:
         if not reader.unfolding.kernel:
             result: np.ndarray = residual @ (stored.T if reader.layer.weight_axis == 0 else stored)
             return result
-        key = (k, like.shape)
-        if key not in self._adjoints:
-            self._adjoints[key] = adjoint(reader.layer, reader.unfolding, stored, residual, like, self.runtime)
-        return self._adjoints[key](residual, stored)
+        key = (k, like.shape[1:])
+        with self._making:
+            if key not in self._adjoints:
+                self._adjoints[key] = adjoint(reader.layer, reader.unfolding, stored, residual, like, self._shared)
+            apply = self._adjoints[key]
+        return apply(residual, stored)
 
 
 def stored_tensors(graph: Graph, layer: Layer, matrices: np.ndarray) -> Arrays:
@@ -226,7 +229,7 @@ def adjoint(
 
 
 @dataclass(frozen=True, eq=False)
-class _State:
+class State:
     """A block at some weights: what flows in it, what is missing behind it, and how bad that is."""
 
     weights: Vector
@@ -237,7 +240,8 @@ class _State:
     loss: float
 
 
-def _look(net: Network, weights: Vector, data: BlockData, scales: Sequence[float]) -> _State:
+def look(net: Network, weights: Vector, data: BlockData, scales: Sequence[float]) -> State:
+    """The block at some weights, beside what it should give."""
     before, between, outputs = net.run(data, weights)
     missing, live, loss = [], [], 0.0
     for y, least, most, valid, scale in zip(outputs, data.least, data.most, data.valid, scales, strict=True):
@@ -246,10 +250,10 @@ def _look(net: Network, weights: Vector, data: BlockData, scales: Sequence[float
         missing.append(gap)
         # a small change matters unless the limiter behind hides it
         live.append((valid & ((least == most) | (y < least) | (y > most))).astype(y.dtype))
-    return _State(weights, before, between, missing, live, loss)
+    return State(weights, before, between, missing, live, loss)
 
 
-class _Linear:
+class Linear:
     """The block as a linear map of a change of its weights, around a state; and that map's transpose.
 
     Args:
@@ -258,7 +262,7 @@ class _Linear:
         data: what it reads and should give.
         scales: what the squared error of each outer layer counts.
         state: where the map is looked at.
-        read: per inner layer its unfolded input (`_read`): the same at every state.
+        read: per inner layer its unfolded input (`read`): the same at every state.
     """
 
     def __init__(
@@ -267,7 +271,7 @@ class _Linear:
         parts: Sequence[Part],
         data: BlockData,
         scales: Sequence[float],
-        state: _State,
+        state: State,
         read: Sequence[np.ndarray],
     ) -> None:
         self.net, self.parts, self.data, self.scales, self.state = net, parts, data, scales, state
@@ -278,7 +282,6 @@ class _Linear:
         self.positions = [out_positions(p.layer, s) for p, s in zip(parts, shapes, strict=True)]
         outer = zip(parts[self.inner :], data.least, strict=True)
         self.rows = [*read, *(_unfolded(part, state.between.read, y.shape) for part, y in outer)]
-        self.factors = [self._factors(k) for k in range(len(parts))]
 
     def forward(self, change: Vector) -> list[np.ndarray]:
         """(outer outputs) What the outer layers give more, where it matters."""
@@ -314,16 +317,6 @@ class _Linear:
         inner = [self._cross(k, back[self._slots(k)] * self.slopes[k]) for k in range(self.inner)]
         return [*inner, *outer]
 
-    def precondition(self, gradient: Vector) -> Vector:
-        """The solution if every layer stood alone."""
-        result = []
-        for part, factors, g in zip(self.parts, self.factors, gradient, strict=True):
-            step = np.zeros_like(g)
-            for group, active, factor in factors:
-                step[group, active] = cho_solve(factor, g[group, active], check_finite=False)
-            result.append(step * part.free)
-        return result
-
     def _slots(self, k: int) -> tuple[slice, ...]:
         inner = self.net.block.inner[k]
         return (*[slice(None)] * self.net.block.axis, slice(inner.start, inner.start + inner.channels))
@@ -334,95 +327,8 @@ class _Linear:
         found: np.ndarray = np.matmul(self.rows[k].transpose(0, 2, 1), targets).astype(np.float64) * part.free
         return found
 
-    def _factors(self, k: int) -> list[tuple[int, np.ndarray, tuple[np.ndarray, bool]]]:
-        """Groups of a layer that may change: their number, the columns that may, the factor of their Gram matrix."""
-        weight = self._weight(k)
-        factors = []
-        step = max(len(self.rows[k][0]) // (_ROWS_PER_COLUMN * self.rows[k][0].shape[1]), 1)
-        for group, (rows, free) in enumerate(zip(self.rows[k], self.parts[k].free, strict=True)):
-            active = np.flatnonzero(free.any(axis=1))
-            if not len(active):  # a group of a grouped convolution that went as a whole
-                continue
-            used = rows[::step, active]
-            gram = step * weight * (used.T @ used).astype(np.float64)
-            factors.append((group, active, _factor(gram)))
-        return factors
 
-    def _weight(self, k: int) -> float:
-        """What a change of a layer's output means for the loss, on average."""
-        if k >= self.inner:
-            return self.scales[k - self.inner]
-        outer = zip(self.scales, self.state.weights[self.inner :], strict=True)
-        total = sum(s * float(np.square(w[:, :-1]).sum()) for s, w in outer)
-        between = self.state.between
-        share = between.read.size / between.joined.size  # of what is made that a pool takes
-        return share * total / between.read.shape[self.net.block.axis] or 1.0
-
-
-@np.errstate(over="ignore", invalid="ignore")  # what is no number never counts as better
-def fit_block(net: Network, parts: Sequence[Part], data: BlockData, held_out: BlockData) -> Vector | None:
-    """Better weights for all layers of a block; None where none were found.
-
-    Args:
-        net: the block.
-        parts: its layers, the inner ones first.
-        data: samples to fit to.
-        held_out: samples to judge by: a change that does not help there is not made.
-    """
-    scales = [1.0 / max(e, float(np.finfo(np.float32).tiny)) for e in data.energy]
-    weights = [p.weights for p in parts]
-    state = _look(net, weights, data, scales)
-    judged = _look(net, weights, held_out, scales).loss
-    first = judged
-    read = _read(net, parts, data, state)
-    for _ in range(ROUNDS):
-        if not np.isfinite(state.loss):
-            break
-        try:
-            give_back()
-            path = _path(_Linear(net, parts, data, scales, state, read))
-        except np.linalg.LinAlgError:  # activations so large that their squares are no numbers
-            break
-        # few steps keep the change small where samples are few: how many is for the other samples to say
-        seen = [_look(net, _sum(state.weights, change), held_out, scales).loss for change in path]
-        if not seen or not min(seen) < judged:
-            break
-        after = _look(net, _sum(state.weights, path[int(np.argmin(seen))]), data, scales)
-        if not after.loss < state.loss:
-            break
-        state, judged = after, min(seen)
-    return state.weights if judged < first else None
-
-
-def _path(problem: _Linear) -> list[Vector]:
-    """The change after every step of preconditioned conjugate gradients."""
-    path: list[Vector] = []
-    change = [np.zeros_like(p.weights) for p in problem.parts]
-    missing = problem.state.missing
-    gradient = problem.backward(missing)
-    step = direction = problem.precondition(gradient)
-    power = _dot(gradient, step)
-    for left in reversed(range(STEPS)):
-        moved = problem.forward(direction)
-        bend = sum(s * squared(m) for s, m in zip(problem.scales, moved, strict=True))
-        if not power > 0.0 or not bend > 0.0:
-            break
-        length = power / bend
-        change = [c + length * d for c, d in zip(change, direction, strict=True)]
-        if not path:
-            path.append([0.5 * c for c in change])
-        path.append(change)
-        if not left:
-            break
-        missing = [r - r.dtype.type(length) * m for r, m in zip(missing, moved, strict=True)]
-        gradient = problem.backward(missing)
-        step = problem.precondition(gradient)
-        before, power = power, _dot(gradient, step)
-        direction = [z + power / before * d for z, d in zip(step, direction, strict=True)]
-    return path
-
-
-def _read(net: Network, parts: Sequence[Part], data: BlockData, state: _State) -> list[np.ndarray]:
+def read(net: Network, parts: Sequence[Part], data: BlockData, state: State) -> list[np.ndarray]:
     """What the inner layers read, unfolded."""
     inner = zip(net.block.inner, parts, state.before, strict=False)
     return [_unfolded(part, data.held[i.layer.data], y.shape) for i, part, y in inner]
@@ -432,31 +338,3 @@ def _unfolded(part: Part, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """What a layer reads, (group, rows, p), at all positions of an output of some shape."""
     out = out_positions(part.layer, shape)
     return part.unfolding.rows(x, np.arange(int(np.prod(out, dtype=np.int64))), out)
-
-
-def _factor(gram: np.ndarray) -> tuple[np.ndarray, bool]:
-    """The Cholesky factor of a Gram matrix and some damping: more where columns of very different sizes need it.
-
-    Raises:
-        LinAlgError: no damping helps, as with what is no number.
-    """
-    mean = float(np.diag(gram).mean())
-    damping = _DAMPING
-    while True:
-        damped = gram.copy()
-        damped[np.diag_indices_from(gram)] += damping * mean + np.finfo(np.float32).tiny
-        try:
-            factor: tuple[np.ndarray, bool] = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
-            return factor
-        except np.linalg.LinAlgError:
-            damping *= 10.0
-            if damping > 1.0:
-                raise
-
-
-def _sum(a: Vector, b: Vector) -> Vector:
-    return [x + y for x, y in zip(a, b, strict=True)]
-
-
-def _dot(a: Vector, b: Vector) -> float:
-    return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))

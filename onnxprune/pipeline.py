@@ -20,9 +20,10 @@ from onnxprune.cluster import collect_on
 from onnxprune.compact import compact
 from onnxprune.costs import Several
 from onnxprune.data import Calibration
-from onnxprune.effort import THOROUGH, Effort
+from onnxprune.descent import fit_block
+from onnxprune.effort import BALANCED, Effort
 from onnxprune.errors import InternalError
-from onnxprune.joint import Network, Part, current, fit_block, stored_tensors
+from onnxprune.joint import Network, Part, current, stored_tensors
 from onnxprune.journal import Journal
 from onnxprune.layers import Layer
 from onnxprune.memory import Room, frugal, text
@@ -63,7 +64,7 @@ class Chooser:
     batch: int | None = None
     memory: int | None = None
     dask: str | None = None
-    effort: Effort = THOROUGH
+    effort: Effort = BALANCED
     mirrors: Mapping[str, int] = field(default_factory=dict)  # per image input, the axis along which it may be turned
     mirrored: int = 0  # mirror images among the data
     readers: tuple[Reader, ...] = ()
@@ -103,7 +104,8 @@ class Chooser:
                 held = sorted({name for r in self.readers for name in (r.layer.data, r.layer.output)})
                 batches = self._batches(self._fitted_to, self.readers, held)
                 blocks = find_blocks(self.analysis, self.readers) if self.effort.together else ()
-                self.answers = Answers(self.analysis, self.readers, blocks, batches, self.room.block, shelf)
+                most = self.room.block, shelf, self.effort.products
+                self.answers = Answers(self.analysis, self.readers, blocks, batches, *most)
             yield
 
     # ------------------------------------------------------------------------------------ statistics and ranks
@@ -214,7 +216,7 @@ class Chooser:
             return {name: graph.silenced(name, silent.get(name), array) for name, array in arrays.items()}
 
         ranking = self.rankings[info.group.index]
-        return Variants(sorted(tensors), (made(ranking.kept(k)) for k in counts), len(counts))
+        return Variants(sorted(tensors), lambda k: made(ranking.kept(counts[k])), len(counts))
 
     def _batches(self, data: Calibration, readers: Sequence[Reader], held: Sequence[str]) -> Batches:
         """The data in batches such that what is held of one, and what is unfolded of it, has room."""

@@ -99,6 +99,11 @@ class Runtime:
         """Threads that a session uses."""
         return self.threads or os.cpu_count() or 1
 
+    def shared_out(self, parts: int) -> tuple[int, Runtime]:
+        """How many parts of the work to do at a time, and the runtime of each, with its share of the threads."""
+        at_once = min(parts, self.thread_count) if self.provider == "cpu" else 1
+        return at_once, replace(self, threads=max(self.thread_count // at_once, 1))
+
     @property
     def computes_alone(self) -> bool:
         """Whether models run on the calling thread and nowhere else."""

@@ -11,8 +11,9 @@ original's answers are uncertain enough; in the limit that is squared error, too
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +25,11 @@ from onnxprune.batches import Batches, sample_bytes
 from onnxprune.calibrate import Arrays
 from onnxprune.graph import Graph
 from onnxprune.memory import Room
+from onnxprune.parallel import workers
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
 from onnxprune.runtime import Runtime
-from onnxprune.segments import Segments, late_order
+from onnxprune.segments import Piece, Segments, late_order
 from onnxprune.shelf import Shelf
 
 _LOOKED_AT = 1 << 30  # bytes that the largest frontier of the samples may take
@@ -129,13 +131,27 @@ class Variants:
 
     Attributes:
         tensors: their names.
-        values: per alternative their values, made one at a time.
+        made: from the number of an alternative to their values.
         count: how many alternatives there are.
     """
 
     tensors: Sequence[str]
-    values: Iterable[Variant]
+    made: Callable[[int], Variant]
     count: int
+
+
+def _moved(
+    graph: Graph,
+    variants: Variants,
+    suffix: Piece,
+    states: Sequence[Mapping[str, np.ndarray]],
+    wanted: Sequence[Mapping[str, np.ndarray]],
+    compared: Mapping[str, Yardstick],
+    number: int,
+) -> float:
+    """What one of the variants does to the output, summed over all samples."""
+    arrays: Arrays = {name: cast(v, graph.array(name).dtype) for name, v in variants.made(number).items()}
+    return sum(deviation(w, suffix.run(s, arrays), compared) for s, w in zip(states, wanted, strict=True))
 
 
 def measure(
@@ -163,6 +179,8 @@ def measure(
     first = {g: min(n.index for name in tensors for n in graph.consumers[name]) for g, tensors in changed.items()}
     order = late_order(graph, set(first.values()))
     segments = Segments(graph, order, runtime, analysis.shapes)
+    at_once, shared = runtime.shared_out(max((v.count for v in variants.values()), default=1) or 1)
+    suffixes = Segments(graph, order, shared, analysis.shapes)
     place = {g: min(segments.place[n.index] for name in changed[g] for n in graph.consumers[name]) for g in changed}
     sizes = {at: sample_bytes(analysis, segments.frontier(at)) for at in set(place.values())}
     most = max(_LOOKED_AT // max(max(sizes.values(), default=1), 1), 1)
@@ -170,7 +188,7 @@ def measure(
     samples = sum(len(batches.parts[k]) for k in used)
     # where nothing that is stored silences a unit, its price is not known
     results = {g: [np.inf] * v.count for g, v in variants.items() if v.count and not v.tensors}
-    with Shelf(room.frontier) as shelf:
+    with Shelf(room.frontier) as shelf, workers(at_once) as spread:
         states = [shelf.put(batches.feeds(k), samples * sample_bytes(analysis, segments.frontier(0))) for k in used]
         whole = segments.piece(0, len(order), names, shelf.get(states[0]))
         expected = [whole.run(shelf.get(state)) for state in states]
@@ -189,15 +207,11 @@ def measure(
                 del piece, found
             # the outputs that come before this point are in the frontier only if somebody still reads them
             later = [n for n in names if n not in graph.producer or segments.place[graph.producer[n].index] >= here]
-            suffix = segments.piece(here, len(order), later, shelf.get(states[0]), free=changed[group])
-            results[group] = []
-            for variant in variants[group].values:
-                arrays: Arrays = {k: cast(v, graph.array(k).dtype) for k, v in variant.items()}
-                moved = sum(
-                    deviation({n: wanted[n] for n in later}, suffix.run(shelf.get(state), arrays), compared)
-                    for state, wanted in zip(states, expected, strict=True)
-                )
-                results[group].append(moved / samples)
+            suffix = suffixes.piece(here, len(order), later, shelf.get(states[0]), free=changed[group])
+            given = [shelf.get(state) for state in states]
+            wanted = [{n: found[n] for n in later} for found in expected]
+            price = functools.partial(_moved, graph, variants[group], suffix, given, wanted, compared)
+            results[group] = [moved / samples for moved in spread(price, range(variants[group].count))]
             del suffix
             progress.advance()
     return results

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxprune.budget import ALLOCATIONS
-from onnxprune.effort import QUICK, THOROUGH, Effort
+from onnxprune.effort import BALANCED, QUICK, THOROUGH, Effort
 from onnxprune.errors import InputError
 from onnxprune.images import Preprocessing
 from onnxprune.selection import FROM_ACTIVATIONS, METHODS
@@ -42,6 +42,7 @@ class Settings:
     budget: str = "auto"
     reconstruct: bool = True
     quick: bool = False
+    thorough: bool = False
     mirror: bool = True
     only: str | None = None
     exclude: str | None = None
@@ -59,15 +60,18 @@ class Settings:
         for name, value in (("samples", self.samples), ("batch size", self.batch_size)):
             if value is not None and value < 1:
                 raise InputError(f"expected a number of {name} of at least 1, found {value}")
-        if self.quick and (self.stats is not None or not self.reconstruct):
+        if self.quick and self.thorough:
+            raise InputError("expected quick or thorough, found both; try neither")
+        if (self.quick or self.thorough) and (self.stats is not None or not self.reconstruct):
             other = "kept statistics" if self.stats is not None else "no reconstruction"
-            raise InputError(f"expected quick or {other}, found both: there is nothing left to be quick about")
+            how = "quick" if self.quick else "thorough"
+            raise InputError(f"expected {how} or {other}, found both: there is nothing left to be {how} about")
         multiple_of(self.round_to, self.target)
 
     @property
     def effort(self) -> Effort:
         """What is spent on fitting well."""
-        return QUICK if self.quick else THOROUGH
+        return QUICK if self.quick else THOROUGH if self.thorough else BALANCED
 
     @property
     def sample_count(self) -> int:

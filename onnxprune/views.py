@@ -19,6 +19,7 @@ from onnxprune.readers import Reader
 from onnxprune.unfold import Unfolding, columns_of
 
 ROWS = 1 << 16  # positions in all
+_LEAST_PER_COLUMN = 48  # of them, where products are limited
 SIDE = 10  # the shortest side of a window, where the whole is larger
 _COPIES = 8  # of an output that a fit works with: wanted, offset, what is missing, ...
 
@@ -96,10 +97,11 @@ class View:
         graph: its network.
         batches: the data.
         room: bytes that the unfolded inputs and the outputs may take.
+        products: multiplications that the layers may take for all of it, within reason.
     """
 
-    def __init__(self, block: Block, graph: Graph, batches: Batches, room: int) -> None:
-        self.block, self.graph, self.batches, self.room = block, graph, batches, room
+    def __init__(self, block: Block, graph: Graph, batches: Batches, room: int, products: float = math.inf) -> None:
+        self.block, self.graph, self.batches, self.room, self.products = block, graph, batches, room, products
         self._inner = block.reach
         self._outer = [r.unfolding for r in block.outer]
         self._whole: tuple[int, ...] = ()
@@ -159,16 +161,20 @@ class View:
 
     def _plan(self, whole: tuple[int, ...], output: np.ndarray) -> tuple[tuple[int, ...], int]:
         """The size of a window, and of how many samples one is looked at."""
-        samples, per_position = len(self.batches.data), 0
+        samples, per_position, products, widest = len(self.batches.data), 0, 0, 1
         pooled = math.prod(self.block.pool[1].strides) if self.block.pool else 1
         layers = [(i.layer, i.unfolding, pooled) for i in self.block.inner]
         layers += [(r.layer, r.unfolding, 1) for r in self.block.outer]
         for layer, unfolding, each in layers:
             dims = tuple(self.graph.stored(layer.weight).dims)
             outputs = dims[layer.out_axis] * (layer.group if layer.node.op == "ConvTranspose" else 1)
-            per_position += 4 * each * (unfolding.group * columns_of(layer, dims) + _COPIES * outputs)
+            columns = columns_of(layer, dims)
+            per_position += 4 * each * (unfolding.group * columns + _COPIES * outputs)
+            products += each * columns * outputs
+            widest = max(widest, columns)
         finer = max(math.prod(self._spatial(output)) / max(math.prod(whole), 1), 1.0)
-        room = min(ROWS, self.room // per_position) / finer
+        rows = max(self.products / products, _LEAST_PER_COLUMN * widest)
+        room = min(ROWS, rows, self.room // per_position) / finer
         size = whole
         if whole and self._divisible(len(whole)) and math.prod(whole) * samples > room:
             side = max(round((room / samples) ** (1 / len(whole))), SIDE)

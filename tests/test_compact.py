@@ -10,7 +10,8 @@ from builder import Builder
 from test_joint import CASES, Case, grouped, plain
 
 from onnxprune.compact import Compact, _used, compact
-from onnxprune.joint import Part, _Linear, _look, _read, fit_block
+from onnxprune.descent import fit_block
+from onnxprune.joint import Linear, Part, look, read
 
 
 def silenced(case: Case, every: int = 3) -> list[Part]:
@@ -37,15 +38,15 @@ def made(case: Case, parts: list[Part]) -> Compact:
     return found
 
 
-def mapped(small: Compact, case: Case, parts: list[Part]) -> tuple[_Linear, _Linear]:
+def mapped(small: Compact, case: Case, parts: list[Part]) -> tuple[Linear, Linear]:
     scales = [1.0 + k for k in range(len(case.block.outer))]
-    whole = _look(case.net, [p.weights for p in parts], case.data, scales)
+    whole = look(case.net, [p.weights for p in parts], case.data, scales)
     cut_data = small.data(case.data)
-    cut = _look(small.net, [p.weights for p in small.parts], cut_data, scales)
+    cut = look(small.net, [p.weights for p in small.parts], cut_data, scales)
     assert cut.loss == pytest.approx(whole.loss, rel=1e-5)
     return (
-        _Linear(case.net, parts, case.data, scales, whole, _read(case.net, parts, case.data, whole)),
-        _Linear(small.net, small.parts, cut_data, scales, cut, _read(small.net, small.parts, cut_data, cut)),
+        Linear(case.net, parts, case.data, scales, whole, read(case.net, parts, case.data, whole)),
+        Linear(small.net, small.parts, cut_data, scales, cut, read(small.net, small.parts, cut_data, cut)),
     )
 
 

@@ -19,17 +19,16 @@ from onnxprune.answers import Answer
 from onnxprune.batches import Batches
 from onnxprune.blocks import Block, BlockData, find_blocks
 from onnxprune.data import InputSpec, load_calibration
+from onnxprune.descent import _factor, fit_block
 from onnxprune.joint import (
+    Linear,
     Network,
     Part,
     Vector,
-    _factor,
-    _Linear,
-    _look,
-    _read,
     adjoint,
     current,
-    fit_block,
+    look,
+    read,
     stored_tensors,
 )
 from onnxprune.layers import Layer
@@ -231,10 +230,10 @@ class Case:
     def change(self, size: float = 1.0) -> Vector:
         return [size * self.rng.standard_normal(p.weights.shape) * p.free for p in self.parts]
 
-    def linear(self, data: BlockData) -> _Linear:
+    def linear(self, data: BlockData) -> Linear:
         scales = [1.0 + k for k in range(len(self.block.outer))]
-        state = _look(self.net, self.weights, data, scales)
-        return _Linear(self.net, self.parts, data, scales, state, _read(self.net, self.parts, data, state))
+        state = look(self.net, self.weights, data, scales)
+        return Linear(self.net, self.parts, data, scales, state, read(self.net, self.parts, data, state))
 
 
 @pytest.mark.parametrize(("make", "k"), CASES, ids=lambda v: getattr(v, "__name__", str(v)))
@@ -346,7 +345,7 @@ def test_a_fit_finds_its_way_back(make: Callable[[Builder], str], k: int) -> Non
     found = fit_block(case.net, parts, seen, unseen)
     assert found is not None
     scales = [1.0] * len(case.block.outer)
-    before, after = (_look(case.net, w, unseen, scales).loss for w in ([p.weights for p in parts], found))
+    before, after = (look(case.net, w, unseen, scales).loss for w in ([p.weights for p in parts], found))
     assert after < 0.5 * before
 
 

@@ -143,7 +143,9 @@ def test_variants_are_measured_as_whole_models(size: int, frontier: int) -> None
     data = load_calibration(x, graph.inputs)
     feeds = data.feeds(range(10))
     expected = dict(zip(graph.outputs, run(graph.model, feeds), strict=True))
-    given = {group: Variants(sorted(options[0]), iter(options), len(options)) for group, options in variants.items()}
+    given = {
+        group: Variants(sorted(options[0]), options.__getitem__, len(options)) for group, options in variants.items()
+    }
     found = measure(analysis, given, Batches(data, size, 0), RUNTIME, Progress(), Room(1 << 30, frontier=frontier))
     assert found.keys() == places.keys()
     for group, options in variants.items():
@@ -162,6 +164,10 @@ def test_groups_without_variants_are_left_out() -> None:
     weight = next(n.inputs[1] for n in analysis.graph.nodes if n.label == "b1")
     data = load_calibration(np.zeros((2, 3, 6, 6), np.float32), analysis.graph.inputs)
     one = {weight: analysis.graph.array(weight)}
-    variants = {0: Variants([], [], 0), 1: Variants([weight], [one], 1), 2: Variants([], [{}], 1)}
+    variants = {
+        0: Variants([], {}.__getitem__, 0),
+        1: Variants([weight], [one].__getitem__, 1),
+        2: Variants([], [{}].__getitem__, 1),
+    }
     found = measure(analysis, variants, Batches(data, 2, 0), RUNTIME, Progress(), Room(1 << 30))
     assert found.keys() == {1, 2} and found[2] == [np.inf]  # nothing that is stored says what that would cost
