@@ -41,6 +41,7 @@ class Batches:
         self.thinned = thinned
         self.count = len(data)
         self._fed: list[dict[str, np.ndarray]] | None = None
+        self._drawn: dict[tuple[int, int, int], np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -63,8 +64,11 @@ class Batches:
 
     def positions(self, reader: Reader, batch: int, total: int) -> np.ndarray:
         """Flat output positions of a reader to look at in this batch: the same ones for every network."""
-        rng = np.random.default_rng([self.seed, reader.index, self.draw(batch)])
-        return sample_positions(total, -(-_wanted(reader, self.thinned) // self.count), rng)
+        key = (reader.index, self.draw(batch), total)
+        if key not in self._drawn:
+            rng = np.random.default_rng([self.seed, *key[:2]])
+            self._drawn[key] = sample_positions(total, -(-_wanted(reader, self.thinned) // self.count), rng)
+        return self._drawn[key]
 
 
 def sample_bytes(analysis: Analysis, names: Sequence[str]) -> int:

@@ -15,8 +15,8 @@ from onnxprune.statistics import squared
 
 ROUNDS = 2  # times that the pattern is looked at, at most
 STEPS = 6  # of conjugate gradients at most, each round; the first one is also tried by half, where it is too far
-_WORTH = 3e-3  # of the error at the start: what a step has to gain for another one to be taken
-_ROWS_PER_COLUMN = 32  # of those that a preconditioner is made of: it need not be exact
+_WORTH = 1e-3  # of the error at the start: what a step has to gain for another one to be taken
+_ROWS_PER_COLUMN = 12  # of those that a preconditioner is made of: it need not be exact
 _DAMPING = 1e-3  # of the Gram matrices, relative to the mean of the diagonal
 
 

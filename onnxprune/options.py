@@ -123,7 +123,7 @@ with_sampling = _options(
         "--samples",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Use at most N samples of the data (default 1600, with --quick 1000, with --thorough 5000).",
+        help="Use at most N samples of the data (default 2500, with --quick 1000, with --thorough 5000).",
     ),
     click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples fed to the model at once."),
     click.option(

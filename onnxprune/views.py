@@ -107,6 +107,7 @@ class View:
         self._whole: tuple[int, ...] = ()
         self._size: tuple[int, ...] = ()
         self._step = 0
+        self._windows: dict[int, Window] = {}  # by draw
 
     def settle(self, between: np.ndarray, output: np.ndarray) -> None:
         """Decide, from the sizes of the tensor between and of what an outer layer gives: at the first batch."""
@@ -148,13 +149,17 @@ class View:
         return found
 
     def _window(self, batch: int) -> Window:
-        rng = np.random.default_rng([self.batches.seed, self.batches.draw(batch), *self.block.nodes])
+        draw = self.batches.draw(batch)
+        if draw in self._windows:
+            return self._windows[draw]
+        rng = np.random.default_rng([self.batches.seed, draw, *self.block.nodes])
         grid = self._grid(len(self._whole))
         start = tuple(
             int(rng.integers((full - size) // g + 1)) * g
             for full, size, g in zip(self._whole, self._size, grid, strict=True)
         )
-        return Window(self._whole, self._size, start)
+        self._windows[draw] = Window(self._whole, self._size, start)
+        return self._windows[draw]
 
     def _grid(self, rank: int) -> list[int]:
         return [math.lcm(*(u.strides[a] for u in self._outer if u.kernel)) for a in range(rank)]
