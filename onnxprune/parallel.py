@@ -19,7 +19,7 @@ Map = Callable[..., list[Any]]  # like the built-in one, as a list
 def workers(count: int) -> Iterator[Map]:
     """A map that works on as many things at a time; each of them has one thread of BLAS.
 
-    What comes out does not depend on the count.
+    What comes out does not depend on the count, but for rounding.
     """
     if count <= 1:
         yield lambda function, *items: list(map(function, *items))

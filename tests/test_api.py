@@ -105,9 +105,21 @@ def test_a_quick_run_fits_every_layer_by_itself(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("other", [{"reconstruct": False}, {"stats": "stats.npz"}], ids=str)
-def test_quick_is_refused_where_it_changes_nothing(other: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="nothing left to be quick about"):
-        prune(original("digits_cnn"), quick=True, **other)
+@pytest.mark.parametrize("effort", ["quick", "thorough"])
+def test_an_effort_is_refused_where_it_changes_nothing(effort: str, other: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"nothing left to be {effort} about"):
+        prune(original("digits_cnn"), **{effort: True}, **other)
+
+
+def test_quick_and_thorough_do_not_go_together() -> None:
+    with pytest.raises(InputError, match="expected quick or thorough, found both"):
+        prune(original("digits_cnn"), quick=True, thorough=True)
+
+
+def test_a_thorough_run_looks_at_more() -> None:
+    result = pruned("digits_resnet", select="greedy", samples=FEW, thorough=True)
+    assert accuracy(result.model, "digits_resnet") > 0.95
+    assert result.report.options["thorough"] is True
 
 
 @pytest.mark.parametrize("select", ["greedy", "lasso", "l1", "random"])

@@ -332,6 +332,25 @@ def test_windows_give_what_the_whole_gives(make: Callable[[Builder], str], k: in
             assert valid.any()
 
 
+@pytest.mark.parametrize(("products", "samples"), [(math.inf, 1000), (432 * 300, 300), (0, 216)])
+def test_wide_layers_are_looked_at_in_fewer_positions(
+    products: float, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a thousand samples with one position each: as the multiplications allow, and enough for every column."""
+    monkeypatch.setattr(views, "_LEAST_PER_COLUMN", 9)
+
+    def two_products(g: Builder) -> str:  # 432 multiplications at each position
+        hidden = g.Relu(g.Gemm(g.input("x", ["n", 12]), g.weight(12, 24), g.weight(24)))
+        return str(g.Gemm(hidden, g.weight(24, 6), g.weight(6)))
+
+    analysis, (block,) = blocks_of(two_products)
+    many = load_calibration(np.zeros((1000, 12), np.float32), analysis.graph.inputs)
+    view = View(block, analysis.graph, Batches(many, 64, 0), 1 << 30, products)
+    view.settle(np.zeros((64, 24), np.float32), np.zeros((64, 6), np.float32))
+    looked_at = sum(len(view.samples(k, len(part))) for k, part in enumerate(view.batches.parts))
+    assert looked_at == pytest.approx(samples, rel=0.3)
+
+
 # ---------------------------------------------------------------------------------------------------------- the fit
 
 
@@ -347,6 +366,10 @@ def test_a_fit_finds_its_way_back(make: Callable[[Builder], str], k: int) -> Non
     scales = [1.0] * len(case.block.outer)
     before, after = (look(case.net, w, unseen, scales).loss for w in ([p.weights for p in parts], found))
     assert after < 0.5 * before
+    # and the same with any number of threads
+    several = Network(case.analysis.graph, replace(RUNTIME, threads=4), case.block)
+    for one, two in zip(found, fit_block(several, parts, seen, unseen) or [], strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
 
 
 def test_what_is_not_free_stays() -> None:

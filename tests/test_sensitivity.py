@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -125,8 +126,12 @@ def changed(model: onnx.ModelProto, arrays: Mapping[str, np.ndarray]) -> onnx.Mo
     return new
 
 
-@pytest.mark.parametrize(("size", "frontier"), [(10, 1 << 30), (3, 1 << 30), (4, 0)], ids=["whole", "parts", "files"])
-def test_variants_are_measured_as_whole_models(size: int, frontier: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "frontier", "threads"),
+    [(10, 1 << 30, 1), (3, 1 << 30, 1), (4, 0, 1), (4, 0, 2)],
+    ids=["whole", "parts", "files", "threads"],
+)
+def test_variants_are_measured_as_whole_models(size: int, frontier: int, threads: int) -> None:
     analysis = analysed(network())[0]
     graph, rng = analysis.graph, np.random.default_rng(0)
     weights = {n.label: n.inputs[1] for n in graph.nodes if n.op in ("Conv", "Gemm")}
@@ -146,7 +151,8 @@ def test_variants_are_measured_as_whole_models(size: int, frontier: int) -> None
     given = {
         group: Variants(sorted(options[0]), options.__getitem__, len(options)) for group, options in variants.items()
     }
-    found = measure(analysis, given, Batches(data, size, 0), RUNTIME, Progress(), Room(1 << 30, frontier=frontier))
+    runtime, room = replace(RUNTIME, threads=threads), Room(1 << 30, frontier=frontier)
+    found = measure(analysis, given, Batches(data, size, 0), runtime, Progress(), room)
     assert found.keys() == places.keys()
     for group, options in variants.items():
         assert len(found[group]) == 3
