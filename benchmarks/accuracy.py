@@ -4,7 +4,8 @@
 
 The digits networks of `models/` are always there; the CIFAR-10 and ImageNet networks are used where the folder given
 by --shared has them. Calibration and test samples are disjoint. Every run is a process of its own, so that its time and
-its peak memory are those of the command line. Writes benchmarks/accuracy.md and benchmarks/accuracy.json.
+its peak memory are those of the command line. Writes benchmarks/accuracy.md and benchmarks/accuracy.json; rows of other
+runs stay in them, each with its date.
 """
 
 from __future__ import annotations
@@ -55,6 +56,12 @@ class Row:
     high: float
     seconds: float
     peak_mib: float
+    date: str
+
+    @property
+    def key(self) -> tuple[str, str, bool, float]:
+        """What a row is about."""
+        return self.network, self.select, self.reconstruct, self.speedup
 
 
 def digits(name: str) -> Case:
@@ -128,7 +135,10 @@ def measure(case: Case, data: Data, before: float, speedup: float, select: str, 
         counted = json.loads(report.read_text())["achieved"]["macs"]
     low, high = wilson(after, count)
     shares = [round(100 * v, 2) for v in (before, after, low, high)]
-    return Row(case.name, speedup, select, reconstruct, round(counted, 3), *shares, round(seconds, 1), float(peak))
+    today = str(datetime.date.today())
+    return Row(
+        case.name, speedup, select, reconstruct, round(counted, 3), *shares, round(seconds, 1), float(peak), today
+    )
 
 
 _RUN = (
@@ -141,16 +151,17 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# Accuracy without training",
         "",
-        f"{datetime.date.today()}, {platform.machine()}, onnxruntime {ort.__version__}, Python"
+        f"{platform.machine()}, onnxruntime {ort.__version__}, Python"
         f" {platform.python_version()}. Default number of samples; no labels, no gradients; MACs counted on the"
         " written file; 95 % intervals.",
         "",
-        "| network | select | fitted | asked | counted | before | after | interval | seconds | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| network | select | fitted | asked | counted | before | after | interval | seconds | peak MiB | date |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r.network} | {r.select} | {'yes' if r.reconstruct else 'no'} | {r.speedup:g}x | {r.counted:.2f}x "
-        f"| {r.before:.2f} % | **{r.after:.2f} %** | {r.low:.1f} to {r.high:.1f} | {r.seconds:.0f} | {r.peak_mib:.0f} |"
+        f"| {r.before:.2f} % | **{r.after:.2f} %** | {r.low:.1f} to {r.high:.1f} | {r.seconds:.0f} | {r.peak_mib:.0f} "
+        f"| {r.date} |"
         for r in rows
     ]
     return "\n".join(lines) + "\n"
@@ -162,29 +173,33 @@ def main() -> None:
     parser.add_argument("--speedups", default="1.5,2,3,4")
     parser.add_argument("--select", default="greedy,lasso,l1")
     parser.add_argument("--unfitted", action="store_true", help="each also without reconstruction")
-    parser.add_argument("--quick", action="store_true", help="what --quick gives")
+    parser.add_argument("--effort", choices=("quick", "thorough"), help="what --quick or --thorough gives")
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "accuracy")
     args = parser.parse_args()
-    rows: list[Row] = []
+    file = args.output.with_suffix(".json")
+    rows = {row.key: row for row in (Row(**entry) for entry in json.loads(file.read_text()))} if file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         cases = [digits("digits_cnn"), digits("digits_resnet")]
         if (args.shared / "data").is_dir():
             cases += [cifar(n, args.shared) for n in ("resnet20", "resnet56", "resnet56_bn")]
             cases.append(squeezenet(args.shared, Path(folder)))
         for case in (c for c in cases if args.only in c.name):
-            if args.quick:
-                case = replace(case, name=f"{case.name} --quick", options=(*case.options, "--quick"))
+            if args.effort:
+                option = f"--{args.effort}"
+                case = replace(case, name=f"{case.name} {option}", options=(*case.options, option))
             data = case.test()
             before, _ = accuracy(case.model, data)
             for select in args.select.split(","):
                 for speedup in map(float, args.speedups.split(",")):
                     for reconstruct in (True, False) if args.unfitted else (True,):
-                        rows.append(measure(case, data, before, speedup, select, reconstruct, args.threads))
-                        print(rows[-1], file=sys.stderr)
-                        args.output.with_suffix(".md").write_text(table(rows))
-                        args.output.with_suffix(".json").write_text(json.dumps([asdict(r) for r in rows], indent=1))
+                        row = measure(case, data, before, speedup, select, reconstruct, args.threads)
+                        print(row, file=sys.stderr)
+                        rows[row.key] = row
+                        found = sorted(rows.values(), key=lambda r: r.key)
+                        args.output.with_suffix(".md").write_text(table(found))
+                        file.write_text(json.dumps([asdict(r) for r in found], indent=1))
 
 
 if __name__ == "__main__":

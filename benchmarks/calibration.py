@@ -3,7 +3,8 @@
     python benchmarks/calibration.py [--part stages,memory,growth,datafree,startup,cluster] [--shared ../shared]
 
 stages: one plain pass of onnxruntime over N images, and everything that `--speedup 2` does with as many (by default and
-with `--quick`, which takes 1,000 of them at most), in one process: the ratio of the two, and where the time goes.
+with `--quick` and `--thorough`: each uses as many of them as it has a use for), in one process: the ratio of the two,
+and where the time goes.
 memory: peak resident memory of a process that prunes, over the number of images, and with `--memory 512MiB`.
 growth: seconds over the number of images (a straight line through them, and what it misses by) and over the depth of
 the network (the exponent of a power law).
@@ -241,9 +242,11 @@ def stages(bench: Bench) -> Rows:
     rows = []
     for name, count in (("resnet56", 5000), ("squeezenet1.0_imagenet", 500)):
         model, count = bench.network(name), bench.args.images or count
-        for how, options in {"default": {}, "--quick": {"quick": True, "samples": None}}.items():
+        for how, options in {"default": {}, "--quick": {"quick": True}, "--thorough": {"thorough": True}}.items():
             found = bench.median(
-                lambda model=model, count=count, options=options: bench.prune(model, count, plain=True, **options)
+                lambda model=model, count=count, options={"samples": None, **options}: bench.prune(
+                    model, count, plain=True, **options
+                )
             )
             row: dict[str, Any] = {"network": model.stem, "images": count, "how": how}
             if "error" not in found:
