@@ -140,9 +140,9 @@ class Timing:
         watch = self.watch = Stopwatch(self.runtime, self.cache)
         with self.progress.stage("time layers"):
             deployed = nominal_shapes(self.analysis.graph, self.runtime, self.feeds)
-            self.kinds = measure_parts(self.analysis, deployed, watch, self.progress)
             # the very network is measured against itself once, for its seconds
             whole = measure_ratio(self.original, self.original, self.feeds, self.runtime, seconds=1.0).seconds
+            self.kinds = measure_parts(self.analysis, deployed, watch, self.progress, whole)
             self.cost = time_cost(self.analysis, self.kinds, whole)
             choices = timed_choices(self.kinds, choices)
             fastest = self._on_known_widths(lambda: self.cost.fastest(choices))
