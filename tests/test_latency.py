@@ -27,6 +27,7 @@ from onnxprune.latency import TimeCost, measure_parts, measure_widths, time_cost
 from onnxprune.parts import parts_of
 from onnxprune.plan import Plan
 from onnxprune.progress import Progress
+from onnxprune.report.text import cost_rows
 from onnxprune.rewrite import rewrite
 from onnxprune.runtime import Runtime
 from onnxprune.staircase import Line, Surface, Surfaces
@@ -474,6 +475,7 @@ def test_the_promise_is_kept_where_the_table_errs(
     assert report.latency is not None
     assert report.latency.measured.ratio == pytest.approx(speedup, rel=0.05)
     assert report.achieved.latency == report.latency.measured.ratio
+    assert cost_rows(report)[-1][3] == f"{report.latency.measured.ratio:.2f}x"  # one ratio, not two
     assert len(report.latency.stays) == 5
     assert list(report.latency.stays.values()) == sorted(report.latency.stays.values(), reverse=True)
     assert not [text for text in report.warnings if "asked for" in text]
