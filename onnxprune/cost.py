@@ -24,7 +24,7 @@ Runnable: TypeAlias = bytes | onnx.ModelProto | ort.InferenceSession
 _WARM_UP_RUNS = 3
 _WARM_UP_SHARE = 0.1  # of the time allowed; slow models are warm after one run
 _STARTS, _FEWEST_STARTS = 6, 4  # sessions of a pair, one after the other, for a ratio
-_ROUNDS = (5, 500)  # fewest and most of each
+_ROUNDS = (3, 500)  # fewest and most of each
 
 
 @dataclass(frozen=True)

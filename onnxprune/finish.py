@@ -128,7 +128,7 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
     def allocate(found: list[Limit]) -> np.ndarray:
         return chooser.allocate(found, goal.choices)
 
-    counts = np.empty(0, np.int64)
+    counts = np.array([-1])  # of no network
     for _ in range(_FINISHED_AT_MOST):
         before_that, counts = counts, timing.solve(allocate, goal.limits) if timing else allocate(goal.limits)
         if np.array_equal(before_that, counts):

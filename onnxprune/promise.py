@@ -154,7 +154,7 @@ class Timing:
             self._least = self.cost.total(fastest) / self.cost.whole
             self._stays = self._where_time_stays(fastest)
         if seen.found.ratio < least:
-            if not best_effort or seen.found.high <= 1.0:
+            if not best_effort or seen.found.low <= 1.0:  # as far as is known, nothing makes it faster
                 raise self._unreachable()
             self.goal = seen.found.ratio
         return list(choices)
@@ -170,7 +170,8 @@ class Timing:
             f" (measured on {self.runtime.provider}, 95 % interval {fastest.low:.2f} to {fastest.high:.2f};"
             f" {self._least:.0%} of the time does not follow the widths, most of it at {next(iter(self._stays))})"
         )
-        return unreachable(self.analysis, self.wanted, self.reachable, where)
+        reachable = self.reachable if fastest.low > 1.0 else min(self.reachable, 1.0)
+        return unreachable(self.analysis, self.wanted, reachable, where)
 
     def _where_time_stays(self, fastest: np.ndarray) -> dict[str, float]:
         """What takes the most time where the network is fastest, largest first, in shares of the original's time."""

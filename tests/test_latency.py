@@ -601,6 +601,21 @@ def test_what_cannot_be_reached_is_said_with_the_largest_measured(
     assert "warning: asked for 500x in latency" in printed.err
 
 
+def test_what_nothing_makes_faster_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a channel that may go, two measurements of one network differ by chance, and are not a speed-up."""
+    pretend(monkeypatch, blocks(), blocks())
+    g = Builder()
+    onnx.save(g.model(g.gemm(g.input("x", [1, 16]), 4)), tmp_path / "model.onnx")
+
+    def lucky(*_: Any, **__: Any) -> Ratio:
+        return Ratio.of([0.99, 1.01, 1.02], 1e-4, 20, "wall")
+
+    monkeypatch.setattr(promise, "measure_ratio", lucky)
+    with pytest.raises(UnreachableTarget, match=r"the largest for this model is 1 \(measured") as caught:
+        prune(tmp_path / "model.onnx", speedup=1.5, by="latency", best_effort=True, **QUICK)
+    assert "--best-effort" not in str(caught.value)
+
+
 def test_time_and_parameters_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, blocks(), blocks())
     report = prune(DIGITS, speedup=1.5, by="latency", max_params=40_000, **QUICK).report
