@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_SURE, _BEYOND_DOUBT = 1.5, 4.0  # standard errors: for a step down to be believed, and for a step up
+_BEYOND_DOUBT = 4.0  # standard errors, for a narrower width to be believed to take longer
 _DOUBT = 0.1  # share of the time that both sides have to win for their interplay to be believed
 
 
@@ -26,12 +26,14 @@ class Line:
         times: seconds by measured width.
         noise: relative difference below which two times are taken for the same.
         errors: standard errors of the times, where they are known.
+        sure: of these errors, below which two times are taken for the same as well.
     """
 
     full: int
     times: dict[int, float] = field(default_factory=dict)
     noise: float = 0.03
     errors: dict[int, float] = field(default_factory=dict)
+    sure: float = 1.5
 
     def first(self, least: int) -> list[int]:
         """Widths to begin with: the least, one in the middle, and the full one."""
@@ -47,7 +49,7 @@ class Line:
         best, doubt = self.times[self.full], self.errors.get(self.full, 0.0)  # the least of all wider
         above = self.full
         for seconds, error, widths in self._plateaus():
-            level, same = seconds, max(self.noise * best, _SURE * float(np.hypot(doubt, error)))
+            level, same = seconds, max(self.noise * best, self.sure * float(np.hypot(doubt, error)))
             if abs(seconds - best) <= same:
                 level = best
             elif seconds < best:
@@ -111,7 +113,7 @@ class Line:
         widths = sorted(self.times)
         levels = self.levels()
         best = np.minimum.accumulate(levels[::-1])[::-1]  # what a width costs at most: a wider one may be cheaper
-        doubt = _SURE * max(self.errors.values(), default=0.0)
+        doubt = self.sure * max(self.errors.values(), default=0.0)
         found = []
         for low, high in itertools.pairwise(widths):
             drop = float(best[high] - levels[low])

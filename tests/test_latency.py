@@ -74,8 +74,8 @@ def conv_time(model: onnx.ModelProto, of: Callable[[int, int], float]) -> float:
 class Pretended:
     """In place of a stopwatch: times from a function of the model."""
 
-    def __init__(self, of: Callable[[int, int], float]) -> None:
-        self.of = of
+    def __init__(self, of: Callable[[int, int], float], doubt: float = 0.0) -> None:
+        self.of, self.doubt = of, doubt
         self.measured = self.remembered = 0
         self.seen: set[str] = set()
 
@@ -83,7 +83,8 @@ class Pretended:
         assert enough.keys() == models.keys()
         self.measured += len(set(models) - self.seen)
         self.seen |= set(models)
-        return {key: Reading(1 * US + conv_time(model, self.of)) for key, model in models.items()}
+        times = {key: 1 * US + conv_time(model, self.of) for key, model in models.items()}
+        return {key: Reading(seconds, self.doubt * seconds) for key, seconds in times.items()}
 
 
 def known(analysis: Analysis, of: Callable[[int, int], float]) -> tuple[TimeCost, list[np.ndarray]]:
@@ -443,10 +444,13 @@ def test_widths_between_the_steps_are_no_choice() -> None:
 
 
 def pretend(
-    monkeypatch: pytest.MonkeyPatch, table: Callable[[int, int], float], true: Callable[[int, int], float]
+    monkeypatch: pytest.MonkeyPatch,
+    table: Callable[[int, int], float],
+    true: Callable[[int, int], float],
+    doubt: float = 0.0,
 ) -> None:
     """Let parts take what ``table`` says, and whole networks what is ``true``, with 50 us for what never shrinks."""
-    monkeypatch.setattr(promise, "Stopwatch", lambda runtime, cache: Pretended(table))
+    monkeypatch.setattr(promise, "Stopwatch", lambda runtime, cache: Pretended(table, doubt))
 
     def ratio(before: onnx.ModelProto, after: onnx.ModelProto, *_: Any, **__: Any) -> Ratio:
         first, second = (50 * US + conv_time(model, true) for model in (before, after))
@@ -484,6 +488,24 @@ def test_the_promise_is_kept_where_the_table_errs(
     assert again.latency is not None
     assert again.latency.table[0].widths == report.latency.table[0].widths
     assert json.loads(report.to_json())["target"] == {"speedup": speedup, "by": "latency"}
+
+
+def test_steps_in_doubt_are_taken_where_those_beyond_it_lie_too_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices: list[list[int]] = []
+    believe = promise.Timing._believe_all
+
+    def noted(self: promise.Timing) -> bool:
+        choices.append([len(c) for c in self.choices])
+        found = believe(self)
+        choices.append([len(c) for c in self.choices])
+        return found
+
+    monkeypatch.setattr(promise.Timing, "_believe_all", noted)
+    pretend(monkeypatch, blocks(), blocks(), doubt=0.3)
+    report = prune(DIGITS, speedup=1.4, by="latency", **QUICK).report
+    assert report.latency is not None
+    assert report.latency.measured.ratio == pytest.approx(1.4, rel=0.05)
+    assert sum(choices[1]) > sum(choices[0])
 
 
 def test_noise_is_not_chased(monkeypatch: pytest.MonkeyPatch) -> None:
