@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from onnxprune.analysis import Analysis
+from onnxprune.chains import signature
 from onnxprune.cost import Ratio, measure_ratio
 from onnxprune.counting import nominal_shapes
 from onnxprune.errors import UnreachableTarget
@@ -142,8 +143,10 @@ class Timing:
         watch = self.watch = Stopwatch(self.runtime, self.cache)
         with self.progress.stage("time layers"):
             deployed = nominal_shapes(self.analysis.graph, self.runtime, self.feeds)
-            # the very network is measured against itself once, for its seconds
-            whole = measure_ratio(self.original, self.original, self.feeds, self.runtime, seconds=1.0).seconds
+            whole = watch.once(
+                f"{signature(self.original)} {[self.feeds[name].shape for name in sorted(self.feeds)]}",
+                lambda: measure_ratio(self.original, self.original, self.feeds, self.runtime, seconds=1.0).seconds,
+            )
             self.kinds = measure_parts(self.analysis, deployed, watch, self.progress, whole)
             self.cost = time_cost(self.analysis, self.kinds, whole)
             self.choices = timed_choices(self.kinds, choices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +146,18 @@ class Stopwatch:
             self._write(new, asked)
             found |= new
         return found
+
+    def once(self, key: str, measure: Callable[[], float]) -> float:
+        """Seconds that were measured earlier on this machine, or are now.
+
+        Args:
+            key: what they are of.
+            measure: gives them.
+        """
+        known = self._read({key: np.inf}).get(key)
+        found = known or Reading(measure())
+        self._write({key: found}, {key: 0.0})
+        return found.seconds
 
     def _measure(self, models: Mapping[str, onnx.ModelProto], asked: Mapping[str, float]) -> dict[str, Reading]:
         running = {}
