@@ -36,6 +36,14 @@ class Timed:
         """The time, from those of the models."""
         return self.factor * (one if many is None else (many - one) / (COPIES - 1))
 
+    def error(self, one: float, many: float | None) -> float:
+        """The time's standard error, from those of the models' times."""
+        return abs(self.factor) * (one if many is None else float(np.hypot(one, many)) / (COPIES - 1))
+
+    def enough(self, error: float) -> float:
+        """The standard error of a model's time that comes to one of the time itself."""
+        return error / self.error(1.0, None if self.many is None else 1.0)
+
 
 def chained(model: onnx.ModelProto, made: Sequence[str], summand: str = "", given: Sequence[str] = ()) -> list[Timed]:
     """What to time for a part with one output, an image of floats.

@@ -20,6 +20,7 @@ from onnxprune.errors import InputError, InternalError, UnreachableTarget
 from onnxprune.files import write_model
 from onnxprune.graph import Graph
 from onnxprune.origins import origins
+from onnxprune.pipeline import Chooser
 from onnxprune.plan import Plan, approximate_nodes, removed_positions
 from onnxprune.prepare import Prepared, measures, versions
 from onnxprune.promise import MISSED, Timing
@@ -69,6 +70,12 @@ class Aim:
     choices: Sequence[np.ndarray]
     timing: Timing | None
 
+    def counts(self, chooser: Chooser) -> np.ndarray:
+        """The kept counts with which it is met, as far as is known."""
+        if self.timing is not None:
+            return self.timing.solve(chooser.allocate, self.limits)
+        return chooser.allocate(self.limits, self.choices)
+
 
 def within_reach(prepared: Prepared, wanted: Wanted) -> bool:
     """Whether the limits that are counted can be met."""
@@ -105,7 +112,8 @@ def aim(prepared: Prepared, wanted: Wanted) -> Aim:
         default_cache(),
         prepared.progress,
     )
-    return Aim(wanted, found, timing.measure(choices, settings.best_effort), timing)
+    timing.measure(choices, settings.best_effort)
+    return Aim(wanted, found, choices, timing)
 
 
 @with_scratch
@@ -125,12 +133,9 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
     wanted, timing = goal.wanted, goal.timing
     earlier = dict(progress.timings)
 
-    def allocate(found: list[Limit]) -> np.ndarray:
-        return chooser.allocate(found, goal.choices)
-
-    counts = np.empty(0, np.int64)
+    counts = np.array([-1])  # of no network
     for _ in range(_FINISHED_AT_MOST):
-        before_that, counts = counts, timing.solve(allocate, goal.limits) if timing else allocate(goal.limits)
+        before_that, counts = counts, goal.counts(chooser)
         if np.array_equal(before_that, counts):
             break
         plan, pruned, proof = _cut_and_prove(prepared, counts)

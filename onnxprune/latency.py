@@ -22,7 +22,8 @@ from onnxprune.stopwatch import Stopwatch
 
 SECONDS = 45.0  # after which no further widths are measured
 _WAVES = 12
-_WORTH = 0.001  # of the time of all parts: steps that could win less are not looked for
+_WORTH = 0.001  # of the whole's time: steps that could win less are not looked for
+_EXACT = 0.002  # of the whole's time: standard error that does for what parts that are alike take together
 _INSIDE = ((0.5, 0.5), (0.5, 0.25), (0.25, 0.5))  # shares of both widths where their interplay is measured
 
 
@@ -33,6 +34,7 @@ class Kind:
     parts: list[Part]
     lines: list[Line] = field(default_factory=list)
     inside: dict[tuple[int, int], float] = field(default_factory=dict)
+    worth: float = 0.0  # seconds of one part; what could win less is not looked for
 
     @property
     def first(self) -> Part:
@@ -155,7 +157,12 @@ def kinds_of(parts: Sequence[Part]) -> list[Kind]:
 
 
 def measure_parts(
-    analysis: Analysis, deployed: Shapes, watch: Stopwatch, progress: Progress, seconds: float = SECONDS
+    analysis: Analysis,
+    deployed: Shapes,
+    watch: Stopwatch,
+    progress: Progress,
+    whole: float,
+    seconds: float = SECONDS,
 ) -> list[Kind]:
     """Time every kind of part over its widths, in waves of bisection.
 
@@ -164,13 +171,15 @@ def measure_parts(
         deployed: shapes at which it is used.
         watch: measures, and remembers.
         progress: advanced by one per wave.
+        whole: seconds of the network; how exactly its parts have to be known follows from it.
         seconds: after which no new widths are tried.
     """
     end = time.monotonic() + seconds
     kinds = kinds_of(parts_of(analysis, deployed))
-    _measure(kinds, {(k, (None,) * len(kind.first.sides)) for k, kind in enumerate(kinds)}, watch, start=True)
+    for kind in kinds:
+        kind.worth = _WORTH * whole / len(kind.parts)
+    _measure(kinds, {(k, (None,) * len(kind.first.sides)) for k, kind in enumerate(kinds)}, watch)
     kinds = [kind for kind in kinds if kind.lines]
-    total = sum(kind.full * len(kind.parts) for kind in kinds)
     wanted: set[Point] = set()
     for k, kind in enumerate(kinds):
         for side, line in enumerate(kind.lines):
@@ -182,23 +191,24 @@ def measure_parts(
         gaps = []
         for k, kind in enumerate(kinds):
             for side, line in enumerate(kind.lines):
-                for drop, width in line.gaps(_WORTH * total / len(kind.parts)):
+                for drop, width in line.gaps(kind.worth):
                     gaps.append((-drop * len(kind.parts), k, _only(kind, side, width)))
         wanted = {(k, widths) for _, k, widths in sorted(gaps, key=lambda gap: gap[:2])}
         if not wanted or time.monotonic() > end:
             break
     wanted = set()
     units = [g.units for g in analysis.groups]
-    alone, steps = _alone(kinds), _counts(kinds, units, Line.corners)
+    alone, steps = _alone(kinds), _corners(kinds, units)
     for k, kind in enumerate(kinds):
+        told = [line.told(kind.worth) for line in kind.lines]
         for side, group, to_width in kind.driven(alone):
-            for count in steps[group] or ():
-                width = to_width(count)
-                if width not in kind.lines[side].times:
+            for width in map(to_width, steps[group] or ()):
+                if not told[side][width]:
                     wanted.add((k, _only(kind, side, width)))
-        if len(kind.lines) == 2:
-            for shares in _INSIDE:
-                widths = tuple(_nearest(line, share) for line, share in zip(kind.lines, shares, strict=True))
+        for shares in _INSIDE if len(kind.lines) == 2 else ():
+            widths = tuple(_nearest(line, share) for line, share in zip(kind.lines, shares, strict=True))
+            won = [kind.full - line.times[width] for line, width in zip(kind.lines, widths, strict=True)]
+            if won[0] * won[1] / kind.full > kind.worth:  # what the two sides' winning together comes to
                 wanted.add((k, widths))
     _measure(kinds, wanted, watch)
     return kinds
@@ -227,21 +237,15 @@ def timed_choices(kinds: Sequence[Kind], choices: Sequence[np.ndarray]) -> list[
     left, keeps its choices.
     """
     units = [int(c[-1]) for c in choices]
-    known = _counts(kinds, units, lambda line: list(line.times))
-    useful = _counts(kinds, units, Line.corners)
-    everywhere: list[set[int] | None] = [None] * len(units)
+    useful = _corners(kinds, units)
+    found = [np.array(sorted(counts), dtype=np.int64) if counts else choices[g] for g, counts in enumerate(useful)]
     alone = _alone(kinds)
     for kind in kinds:
+        told = [line.told(kind.worth) for line in kind.lines]
         for side, group, to_width in kind.driven(alone):
-            here = {count for count in known[group] or () if to_width(count) in kind.lines[side].times}
-            before = everywhere[group]
-            everywhere[group] = here if before is None else before & here
-    found = []
-    for group, counts in enumerate(choices):
-        both = (everywhere[group] or set()) & ((useful[group] or set()) | {units[group]})
-        kept = np.array([c for c in counts.tolist() if c in both], dtype=np.int64)
-        found.append(kept if len(kept) and everywhere[group] is not None else counts)
-    return found
+            found[group] = np.array([n for n in found[group].tolist() if told[side][to_width(n)]], dtype=np.int64)
+    found = [np.intersect1d(here, counts) for here, counts in zip(found, choices, strict=True)]
+    return [here if len(here) else counts for here, counts in zip(found, choices, strict=True)]
 
 
 def _alone(kinds: Sequence[Kind]) -> set[int]:
@@ -249,17 +253,15 @@ def _alone(kinds: Sequence[Kind]) -> set[int]:
     return {side[0] for kind in kinds for part in kind.parts for side in part.sides if len(side) == 1}
 
 
-def _counts(
-    kinds: Sequence[Kind], units: Sequence[int], widths_of: Callable[[Line], list[int]]
-) -> list[set[int] | None]:
-    """Per group the kept counts that give some line one of these widths; None where it was not timed."""
+def _corners(kinds: Sequence[Kind], units: Sequence[int]) -> list[set[int] | None]:
+    """Per group all that it has, and the kept counts that are the fast side of a step; None where it was not timed."""
     found: list[set[int] | None] = [None] * len(units)
     alone = _alone(kinds)
     for kind in kinds:
-        of_lines = [set(widths_of(line)) for line in kind.lines]
+        of_lines = [set(line.corners(kind.worth)) for line in kind.lines]
         for side, group, to_width in kind.driven(alone):
             new = {count for count in range(1, units[group] + 1) if to_width(count) in of_lines[side]}
-            found[group] = (found[group] or set()) | new
+            found[group] = (found[group] or {units[group]}) | new
     return found
 
 
@@ -274,9 +276,13 @@ def _nearest(line: Line, share: float) -> int:
     return min((w for w in line.times if w < line.full), key=lambda w: abs(w - share * line.full), default=line.full)
 
 
-def _measure(kinds: Sequence[Kind], points: set[Point], watch: Stopwatch, *, start: bool = False) -> None:
-    """Time points and note them in the kinds; what cannot be made or run stays unknown."""
+def _measure(kinds: Sequence[Kind], points: set[Point], watch: Stopwatch) -> None:
+    """Time points and note them in the kinds; what cannot be made or run stays unknown.
+
+    The first point of every kind is that where all is kept.
+    """
     models: dict[str, onnx.ModelProto] = {}
+    enough: dict[str, float] = {}
     where: list[tuple[int, tuple[int, ...], list[tuple[Timed, list[str]]]]] = []
     for k, widths in sorted(points, key=str):
         kind, kept = kinds[k], kinds[k].counts(widths)
@@ -289,21 +295,28 @@ def _measure(kinds: Sequence[Kind], points: set[Point], watch: Stopwatch, *, sta
             both = [each.model] if each.many is None else [each.model, each.many]
             keys = [signature(model) for model in both]
             models |= dict(zip(keys, both, strict=True))
+            does = each.enough(_EXACT / _WORTH * kind.worth)
+            enough |= {key: min(does, enough.get(key, np.inf)) for key in keys}
             keyed.append((each, keys))
         where.append((k, kind.reached(kept), keyed))
-    found = watch.times(models)
+    found = watch.times(models, enough)
     for k, reached, keyed in where:
         if not all(key in found for _, keys in keyed for key in keys):
             continue
         kind = kinds[k]
-        total = sum(each.seconds(found[keys[0]], found[keys[1]] if len(keys) > 1 else None) for each, keys in keyed)
-        seconds = max(total, 0.01 * found[keyed[0][1][0]])
-        if start:
-            kind.lines = [Line(width, {width: seconds}) for width in reached]
+        readings = [(each, found[keys[0]], found[keys[1]] if len(keys) > 1 else None) for each, keys in keyed]
+        total = sum(each.seconds(one.seconds, many.seconds if many else None) for each, one, many in readings)
+        error = float(
+            np.linalg.norm([each.error(one.error, many.error if many else None) for each, one, many in readings])
+        )
+        seconds = max(total, 0.01 * readings[0][1].seconds)
+        if not kind.lines:
+            kind.lines = [Line(width, {width: seconds}, errors={width: error}) for width in reached]
             continue
         narrow = [side for side, width in enumerate(reached) if width < kind.lines[side].full]
         if len(narrow) == 1:
-            kind.lines[narrow[0]].times[reached[narrow[0]]] = seconds
+            line, width = kind.lines[narrow[0]], reached[narrow[0]]
+            line.times[width], line.errors[width] = seconds, error
         elif len(narrow) == 2:
             kind.inside[reached[0], reached[1]] = seconds
 

@@ -93,7 +93,7 @@ class Part:
 
     @cached_property
     def _alone(self) -> Analysis:
-        """The analysis of the whole, with only the part's nodes in its graph."""
+        """The analysis of the whole, with only the part's nodes and tensors in its graph and its groups."""
         graph = self.analysis.graph
         model = onnx.ModelProto(ir_version=max(graph.model.ir_version, 4))
         model.opset_import.extend(graph.model.opset_import)
@@ -109,7 +109,10 @@ class Part:
             shape = self.deployed.shape(name)
             model.graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], shape))
         model.graph.output.extend(onnx.helper.make_tensor_value_info(n, types[n], None) for n in self.outputs)
-        return replace(self.analysis, graph=Graph(model, graph.folder))
+        held = {*read, *(name for node in nodes for name in node.outputs)}
+        axes = [(info, tuple(a for a in info.group.axes if a.tensor in held)) for info in self.analysis.groups]
+        groups = tuple(replace(info, group=replace(info.group, axes=here)) for info, here in axes if here)
+        return replace(self.analysis, graph=Graph(model, graph.folder), groups=groups)
 
     def model(self, kept: Mapping[int, int]) -> onnx.ModelProto:
         """The part as a model, with these numbers of units of some groups; groups that are not named keep everything.

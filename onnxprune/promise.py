@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from onnxprune.analysis import Analysis
+from onnxprune.chains import signature
 from onnxprune.cost import Ratio, measure_ratio
 from onnxprune.counting import nominal_shapes
 from onnxprune.errors import UnreachableTarget
@@ -28,7 +29,7 @@ _NAMED = 5  # of the places where time stays
 _SOLVED_AGAIN = 6  # on a table with more widths, at most
 
 Cut = Callable[[np.ndarray], onnx.ModelProto]  # the network cut to kept counts, its weights not fitted
-Solve = Callable[[list[Limit]], np.ndarray]  # kept counts under limits
+Solve = Callable[[list[Limit], Sequence[np.ndarray]], np.ndarray]  # kept counts under limits, of some to choose from
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Timing:
     cache: Path | None
     progress: Progress
     kinds: list[Kind] = field(default_factory=list)
+    choices: Sequence[np.ndarray] = ()  # kept counts whose time is known
     steps: list[Step] = field(default_factory=list)
     tried: dict[bytes, Tried] = field(default_factory=dict)  # by kept counts
     goal: float = field(init=False)  # the ratio that is aimed at
@@ -126,26 +128,29 @@ class Timing:
     _least: float = field(default=1.0, init=False)  # share of the time that is left where it is shortest
 
     _stays: dict[str, float] = field(default_factory=dict, init=False)
+    _all_choices: Sequence[np.ndarray] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         self.goal = self.wanted.speedup
 
-    def measure(self, choices: Sequence[np.ndarray], best_effort: bool) -> list[np.ndarray]:
-        """Time the parts and the whole, and see what can be reached; returns the choices whose time is known.
+    def measure(self, choices: Sequence[np.ndarray], best_effort: bool) -> None:
+        """Time the parts and the whole, see which of the choices are known in time, and what can be reached.
 
         Raises:
             UnreachableTarget: even the fastest network that was found takes too long, unless ``best_effort``.
         """
-        self.best_effort = best_effort
+        self.best_effort, self._all_choices = best_effort, choices
         watch = self.watch = Stopwatch(self.runtime, self.cache)
         with self.progress.stage("time layers"):
             deployed = nominal_shapes(self.analysis.graph, self.runtime, self.feeds)
-            self.kinds = measure_parts(self.analysis, deployed, watch, self.progress)
-            # the very network is measured against itself once, for its seconds
-            whole = measure_ratio(self.original, self.original, self.feeds, self.runtime, seconds=1.0).seconds
+            whole = watch.once(
+                f"{signature(self.original)} {[self.feeds[name].shape for name in sorted(self.feeds)]}",
+                lambda: measure_ratio(self.original, self.original, self.feeds, self.runtime, seconds=1.0).seconds,
+            )
+            self.kinds = measure_parts(self.analysis, deployed, watch, self.progress, whole)
             self.cost = time_cost(self.analysis, self.kinds, whole)
-            choices = timed_choices(self.kinds, choices)
-            fastest = self._on_known_widths(lambda: self.cost.fastest(choices))
+            self.choices = timed_choices(self.kinds, choices)
+            fastest = self._on_known_widths(lambda: self.cost.fastest(self.choices))
             seen = self._see(fastest)
             least = self.wanted.speedup * (1 - MISSED)
             while seen.found.low <= least <= seen.found.high and seen.looks <= _LOOKS:
@@ -154,10 +159,9 @@ class Timing:
             self._least = self.cost.total(fastest) / self.cost.whole
             self._stays = self._where_time_stays(fastest)
         if seen.found.ratio < least:
-            if not best_effort or seen.found.high <= 1.0:
+            if not best_effort or seen.found.low <= 1.0:  # as far as is known, nothing makes it faster
                 raise self._unreachable()
             self.goal = seen.found.ratio
-        return list(choices)
 
     @property
     def reachable(self) -> float:
@@ -170,7 +174,8 @@ class Timing:
             f" (measured on {self.runtime.provider}, 95 % interval {fastest.low:.2f} to {fastest.high:.2f};"
             f" {self._least:.0%} of the time does not follow the widths, most of it at {next(iter(self._stays))})"
         )
-        return unreachable(self.analysis, self.wanted, self.reachable, where)
+        reachable = self.reachable if fastest.low > 1.0 else min(self.reachable, 1.0)
+        return unreachable(self.analysis, self.wanted, reachable, where)
 
     def _where_time_stays(self, fastest: np.ndarray) -> dict[str, float]:
         """What takes the most time where the network is fastest, largest first, in shares of the original's time."""
@@ -188,10 +193,25 @@ class Timing:
             counts = find()
             if not measure_widths(self.kinds, counts, self.watch):
                 return counts
-            trust = self.cost.trust
-            self.cost = time_cost(self.analysis, self.kinds, self.cost.whole)
-            self.cost.trust = trust
+            self._read_table()
         return find()
+
+    def _read_table(self) -> None:
+        """The cost model as the table is now, trusted as before."""
+        trust = self.cost.trust
+        self.cost = time_cost(self.analysis, self.kinds, self.cost.whole)
+        self.cost.trust = trust
+
+    def _believe_all(self) -> bool:
+        """Take every time in the table for what was measured, however small a step it makes; whether that is new."""
+        lines = [line for kind in self.kinds for line in kind.lines]
+        if not any(line.sure or line.noise for line in lines):
+            return False
+        for line in lines:
+            line.sure = line.noise = 0.0
+        self._read_table()
+        self.choices = timed_choices(self.kinds, self._all_choices)
+        return True
 
     def _see(self, counts: np.ndarray) -> Tried:
         """Measure a cut network; of one that was measured before, both together count."""
@@ -278,11 +298,15 @@ class Timing:
         seconds = self.cost.whole / self.goal
         for nudge in _NUDGES:
             self.cost.correct(asked * (1 + nudge), seconds)
-            counts = self._on_known_widths(lambda: allocate([Limit("latency", self.cost, seconds), *others]))
+            counts = self._on_known_widths(
+                lambda: allocate([Limit("latency", self.cost, seconds), *others], self.choices)
+            )
             seen = self.tried.get(counts.tobytes())
             if seen is None:
                 return counts
             seen.solved = True
+        if self._believe_all():  # the steps beyond doubt are too far apart
+            return self._untried(allocate, others)
         return None
 
     def keeps_promise(self, pruned: onnx.ModelProto, counts: np.ndarray) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+_BEYOND_DOUBT = 4.0  # standard errors, for a narrower width to be believed to take longer
 _DOUBT = 0.1  # share of the time that both sides have to win for their interplay to be believed
 
 
@@ -24,16 +25,20 @@ class Line:
         full: the largest width.
         times: seconds by measured width.
         noise: relative difference below which two times are taken for the same.
+        errors: standard errors of the times, where they are known.
+        sure: of these errors, below which two times are taken for the same as well.
     """
 
     full: int
     times: dict[int, float] = field(default_factory=dict)
     noise: float = 0.03
+    errors: dict[int, float] = field(default_factory=dict)
+    sure: float = 1.5
 
     def first(self, least: int) -> list[int]:
-        """Widths to begin with: the least, round ones between, and the full one."""
-        quarters = [roundest(self.full * (2 * k - 1) / 8, self.full * (2 * k + 1) / 8) for k in (1, 2, 3)]
-        return sorted({least, self.full, *(w for w in quarters if least < w < self.full)})
+        """Widths to begin with: the least, one in the middle, and the full one."""
+        middle = roundest(self.full * 3 / 8, self.full * 5 / 8)
+        return sorted({least, self.full, middle if least < middle < self.full else least})
 
     def levels(self) -> np.ndarray:
         """Seconds at every width from 0 to the full one, (full + 1,).
@@ -41,25 +46,63 @@ class Line:
         A time that differs by no more than noise from the least of all wider ones is that one.
         """
         result = np.empty(self.full + 1)
-        best = self.times[self.full]  # the least of all wider
+        best, doubt = self.times[self.full], self.errors.get(self.full, 0.0)  # the least of all wider
         above = self.full
-        for width in sorted(self.times, reverse=True):
-            seconds = self.times[width]
-            level = best if abs(seconds - best) <= self.noise * best else seconds
-            result[width] = level
-            result[width + 1 : above] = result[above]
-            best, above = min(best, level), width
+        for seconds, error, widths in self._plateaus():
+            level, same = seconds, max(self.noise * best, self.sure * float(np.hypot(doubt, error)))
+            if abs(seconds - best) <= same:
+                level = best
+            elif seconds < best:
+                best, doubt = seconds, error
+            for width in widths:
+                result[width] = level
+                result[width + 1 : above] = result[above]
+                above = width
         result[:above] = result[above]
         return result
 
-    def corners(self) -> list[int]:
-        """Measured widths that take less time than every wider one: the fast sides of the steps."""
+    def _plateaus(self) -> list[tuple[float, float, list[int]]]:
+        """Seconds, their standard error, and the widths that take as long, both widest first.
+
+        That a narrower layer takes longer is noise, unless it is beyond doubt: what lies in between is averaged
+        (isotonic regression, by pooling adjacent violators). So a width whose time came out too low is not taken for
+        the fast side of a step where the narrower ones show that there is none.
+        """
+        found: list[tuple[float, float, list[int]]] = []
+        slow = []
+        for width in sorted(self.times, reverse=True):
+            seconds, error = self.times[width], self.errors.get(width, 0.0)
+            if found and seconds - found[-1][0] > max(
+                self.noise * found[-1][0], _BEYOND_DOUBT * float(np.hypot(error, found[-1][1]))
+            ):
+                slow.append((seconds, error, [width]))
+                continue
+            found.append((seconds, error, [width]))
+            while len(found) > 1 and found[-1][0] >= found[-2][0]:
+                narrow, wide = found.pop(), found.pop()
+                found.append(_mean(wide, narrow))
+        return sorted([*found, *slow], key=lambda each: -each[2][0])
+
+    def corners(self, smallest: float = 0.0) -> list[int]:
+        """Measured widths that take less time than every wider one: the fast sides of the steps.
+
+        Args:
+            smallest: seconds; lower steps are none.
+        """
         levels, best, found = self.levels(), np.inf, []
         for width in sorted(self.times, reverse=True):
-            if levels[width] < best:
+            if levels[width] < best - smallest:
                 best = float(levels[width])
                 found.append(width)
         return found[::-1]
+
+    def told(self, smallest: float) -> np.ndarray:
+        """Of every width from 0 on whether its time is known, or lies between two that are so many seconds apart."""
+        levels, found = self.levels(), np.zeros(self.full + 1, bool)
+        for low, high in itertools.pairwise(sorted(self.times)):
+            found[low : high + 1] |= levels[high:].min() - levels[low] <= smallest
+        found[list(self.times)] = True
+        return found
 
     def gaps(self, smallest: float) -> list[tuple[float, int]]:
         """Where a step may hide: (seconds between the ends, width to measure), unsorted.
@@ -70,19 +113,27 @@ class Line:
         widths = sorted(self.times)
         levels = self.levels()
         best = np.minimum.accumulate(levels[::-1])[::-1]  # what a width costs at most: a wider one may be cheaper
+        doubt = self.sure * max(self.errors.values(), default=0.0)
         found = []
         for low, high in itertools.pairwise(widths):
             drop = float(best[high] - levels[low])
-            if high - low > max(self.full // 32, 1) and drop > max(smallest, self.noise * best[high]):
+            if high - low > max(self.full // 32, 1) and drop > max(smallest, self.noise * best[high], doubt):
                 found.append((drop, roundest(low + (high - low) / 4, high - (high - low) / 4)))
         return found
+
+
+def _mean(a: tuple[float, float, list[int]], b: tuple[float, float, list[int]]) -> tuple[float, float, list[int]]:
+    """Two plateaus as one, every width of equal weight."""
+    many, more = len(a[2]), len(b[2])
+    both = many + more
+    return (many * a[0] + more * b[0]) / both, float(np.hypot(many * a[1], more * b[1])) / both, [*a[2], *b[2]]
 
 
 def roundest(low: float, high: float) -> int:
     """The multiple of the largest power of two in [low, high]; of several the one nearest to the middle.
 
     >>> roundest(65, 127), roundest(64, 128), roundest(70, 75), roundest(2.4, 2.6)
-    (96, 64, 72, 2)
+    (96, 128, 72, 2)
     """
     power = 1
     while np.floor(high / (2 * power)) * 2 * power >= max(low, 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,40 +23,88 @@ from onnxprune.runtime import Runtime
 Array = npt.NDArray[Any]
 
 _TOGETHER = 48  # sessions held at once
-_ROUNDS = (6, 30)  # fewest and most
+_LOOKED_AT = (3, 5, 8, 12)  # after these rounds it is seen which models are done; there are no more
 _FEWEST_SLOW, _LONGEST = 3, 0.4  # rounds that a model gets that takes longer than so many seconds in all
-_LOOKED_AT = 3  # every so many rounds it is seen which are done
 _STRETCH = 1e-3  # seconds of runs of one model per round
 _MOST_RUNS = 24  # per round
-_TIGHT = 0.006  # relative standard error at which a model is done
-_SCHEMA = "create table if not exists times (machine text, model text, seconds real, primary key (machine, model))"
+_WARM = 5e-3  # seconds: what takes longer is warm after two runs, else after three
+_BESIDE = 3  # times before and after one that tell the machine's pace
+_TIGHT = 0.01  # relative standard error at which a model is done
+_STAYS = 0.01  # relative error that no further round of the same session takes away: where its memory came to lie
+_ALIKE = 1.5  # how much less exactly than asked for a time may have been measured earlier
+_SCHEMA = """create table if not exists readings (
+    machine text, model text, seconds real, error real, asked real, primary key (machine, model))"""
 
 
-def robust(values: Sequence[float] | Array) -> tuple[float, float]:
-    """Median without outliers (beyond three times the median deviation) and NaN, and its relative standard error.
+@dataclass(frozen=True)
+class Reading:
+    """Seconds of one run, and their standard error."""
 
-    >>> robust([1.0, 1.1, 1.0, 0.9, 50.0])[0]
-    1.0
+    seconds: float
+    error: float = 0.0
+
+
+def at_even_pace(times: Array, which: Array, count: int) -> Array:
+    """Logarithms of times as if the machine had run at the same pace throughout, (rounds, models); NaN was not timed.
+
+    A processor's pace drifts within milliseconds and stays different for tenths of a second. So what a time differs
+    from the others of its model is set against what those of other models, just before and after it, differ from
+    theirs.
+
+    Args:
+        times: (n,) seconds, in the order in which they were taken.
+        which: (n,) of which model each is.
+        count: of the models.
     """
-    given = np.asarray(values, dtype=np.float64)
-    given = given[~np.isnan(given)]
-    middle = float(np.median(given))
-    spread = float(np.median(np.abs(given - middle)))
-    kept = given[np.abs(given - middle) <= 3 * 1.4826 * spread] if spread else given
-    middle = float(np.median(kept))
-    return middle, 1.2533 * 1.4826 * spread / np.sqrt(len(kept)) / middle if middle else 0.0
+    logs, rounds = np.log(times), _rounds(which, count)
+    beside = np.arange(len(logs))[:, None] + np.array([k for k in range(-_BESIDE, _BESIDE + 1) if k])
+    others = (beside >= 0) & (beside < len(logs))
+    beside = beside.clip(0, len(logs) - 1)
+    others &= which[beside] != which[:, None]
+    even = np.full((int(rounds.max(initial=-1)) + 1, count), np.nan)
+    even[rounds, which] = logs
+    for _ in range(4):
+        off = logs - np.nanmedian(even, axis=0)[which]
+        off -= np.median(off)
+        even[rounds, which] = logs - _median(np.where(others, off[beside], np.nan))
+    return even
 
 
-def at_even_pace(seconds: Array) -> Array:
-    """Times as if every round had run at the same pace: the median over rounds. Rows are rounds; NaN was not timed.
+def _rounds(which: Array, count: int) -> Array:
+    """Of every time, how many of its model came before."""
+    found = np.empty(len(which), dtype=np.int64)
+    for k in range(count):
+        (places,) = np.nonzero(which == k)
+        found[places] = np.arange(len(places))
+    return found
 
-    >>> at_even_pace(np.array([[1.0, 10.0, 5.0], [1.2, 12.0, 6.0], [1.0, np.nan, 5.0]]))[1].round(9).tolist()
-    [1.0, 10.0, 5.0]
+
+def _median(rows: Array) -> Array:
+    """Median of every row without NaN; 0 of a row of nothing else."""
+    ordered = np.sort(rows, axis=1)  # NaN last
+    known = (~np.isnan(rows)).sum(axis=1)
+    ends = [
+        np.take_along_axis(ordered, np.maximum(k, 0)[:, None], axis=1)[:, 0] for k in ((known - 1) // 2, known // 2)
+    ]
+    found: Array = np.where(known > 0, (ends[0] + ends[1]) / 2, 0.0)
+    return found
+
+
+def robust(even: Array) -> tuple[Array, Array]:
+    """Per model the median over rounds without outliers, and its standard error, both in logarithms.
+
+    Of few rounds the scatter is not well known: it is taken to be that of most models, at least.
+
+    Args:
+        even: (rounds, models) logarithms; NaN was not timed.
     """
-    found = np.log(seconds)
-    for _ in range(3):  # medians of columns and rows in turns (Tukey's median polish)
-        found = found - np.nanmedian(found - np.nanmedian(found, axis=0), axis=1, keepdims=True)
-    return np.exp(found)
+    middle = np.nanmedian(even, axis=0)
+    apart = np.abs(even - middle)
+    scatter = 1.4826 * np.nanmedian(apart, axis=0)
+    kept = np.where(apart <= 3 * np.where(scatter > 0, scatter, np.inf), even, np.nan)
+    scatter = np.maximum(scatter, np.median(scatter))
+    error: Array = np.hypot(1.2533 * scatter / np.sqrt((~np.isnan(kept)).sum(axis=0)), _STAYS)
+    return np.nanmedian(kept, axis=0), error
 
 
 @dataclass(eq=False)
@@ -78,24 +126,40 @@ class Stopwatch:
     def __post_init__(self) -> None:
         self._machine = machine(self.runtime)
 
-    def times(self, models: Mapping[str, onnx.ModelProto]) -> dict[str, float]:
+    def times(
+        self, models: Mapping[str, onnx.ModelProto], enough: Mapping[str, float] | None = None
+    ) -> dict[str, Reading]:
         """Seconds of one run of every model, by signature; a model that the runtime refuses is left out.
 
         Args:
             models: by signature.
+            enough: seconds of standard error that do for a model; no more than a small share of its time is asked for.
         """
-        found = self._read(list(models))
+        asked = {key: (enough or {}).get(key, 0.0) for key in models}
+        found = self._read(asked)
         self.remembered += len(found)
         missing = [key for key in models if key not in found]
         for start in range(0, len(missing), _TOGETHER):
             part = missing[start : start + _TOGETHER]
-            new = self._measure({key: models[key] for key in part})
+            new = self._measure({key: models[key] for key in part}, asked)
             self.measured += len(new)
-            self._write(new)
+            self._write(new, asked)
             found |= new
         return found
 
-    def _measure(self, models: Mapping[str, onnx.ModelProto]) -> dict[str, float]:
+    def once(self, key: str, measure: Callable[[], float]) -> float:
+        """Seconds that were measured earlier on this machine, or are now.
+
+        Args:
+            key: what they are of.
+            measure: gives them.
+        """
+        known = self._read({key: np.inf}).get(key)
+        found = known or Reading(measure())
+        self._write({key: found}, {key: 0.0})
+        return found.seconds
+
+    def _measure(self, models: Mapping[str, onnx.ModelProto], asked: Mapping[str, float]) -> dict[str, Reading]:
         running = {}
         for key, model in models.items():
             try:
@@ -104,55 +168,70 @@ class Stopwatch:
                 continue
         if not running:
             return {}
-        keys = list(running)
         clocks = [_Running(self.runtime, yardstick()), *running.values()]
-        values = np.full((_ROUNDS[1], len(clocks)), np.nan)
+        enough = np.array([0.0, *(asked[key] for key in running)])
         left, spent, rng = np.arange(1, len(clocks)), np.zeros(len(clocks)), np.random.default_rng(0)
-        for round_number in range(_ROUNDS[1]):
+        times: list[float] = []
+        which: list[int] = []
+        middle = error = np.empty(0)
+        for count in range(1, _LOOKED_AT[-1] + 1):
             # what ran before a model counts: it is another one every time, so that it is no fixed part of any time
-            for k in rng.permutation([0, *left]):
-                values[round_number, k] = clocks[k].time()
-                spent[k] += clocks[k].runs * values[round_number, k]
-            if round_number + 1 >= _ROUNDS[0] and round_number % _LOOKED_AT == 0:
-                even = at_even_pace(values[: round_number + 1])
-                left = np.array([k for k in left if robust(even[:, k])[1] > _TIGHT], dtype=np.int64)
-            if round_number + 1 >= _FEWEST_SLOW:
+            for k in rng.permutation([0, *left]).tolist():
+                which.append(k)
+                times.append(clocks[k].time())
+                spent[k] += clocks[k].runs * times[-1]
+            if count >= _FEWEST_SLOW:
                 left = left[spent[left] < _LONGEST]
+            if count in _LOOKED_AT or not len(left):
+                middle, error = robust(at_even_pace(np.array(times), np.array(which), len(clocks)))
+                # what stays of the error would not become less
+                left = left[
+                    np.sqrt(error[left] ** 2 - _STAYS**2) > np.maximum(_TIGHT, enough[left] / np.exp(middle[left]))
+                ]
             if not len(left):
                 break
-        even = at_even_pace(values[: round_number + 1])
-        slowness = robust(even[:, 0])[0] / self._usual(robust(even[:, 0])[0])
-        return {key: robust(even[:, k])[0] / slowness for k, key in enumerate(keys, start=1)}
+        seconds = np.exp(middle)
+        slowness = seconds[0] / self._usual(float(seconds[0]))
+        return {
+            key: Reading(float(seconds[k] / slowness), float(error[k] * seconds[k] / slowness))
+            for k, key in enumerate(running, start=1)
+        }
 
     def _usual(self, seconds: float) -> float:
         """What the yardstick takes, the same for all that is compared: as found first on this machine."""
         if not self._yardstick:
-            self._yardstick = self._read(["yardstick"]).get("yardstick", 0.0) or seconds
-            self._write({"yardstick": self._yardstick})
+            known = self._read({"yardstick": 0.0}).get("yardstick")
+            self._yardstick = known.seconds if known else seconds
+            self._write({"yardstick": Reading(self._yardstick)}, {"yardstick": 0.0})
         return self._yardstick
 
     # ---------------------------------------------------------------------------------------------------- on disk
 
-    def _read(self, keys: Sequence[str]) -> dict[str, float]:
+    def _read(self, asked: Mapping[str, float]) -> dict[str, Reading]:
+        """What is known at least about as exactly as is asked for."""
         if self.cache is None or not self.cache.is_file():
             return {}
+        query = "select model, seconds, error, asked from readings where machine = ?"
         try:
             with closing(sqlite3.connect(self.cache, timeout=10)) as store:
-                rows = store.execute("select model, seconds from times where machine = ?", (self._machine,)).fetchall()
+                rows = store.execute(query, (self._machine,)).fetchall()
         except sqlite3.Error:  # of another version, or damaged: measured anew
             return {}
-        known = dict(rows)
-        return {key: known[key] for key in keys if key in known}
+        return {
+            key: Reading(seconds, error)
+            for key, seconds, error, then in rows
+            if key in asked and then <= _ALIKE * max(asked[key], _TIGHT * seconds)
+        }
 
-    def _write(self, new: Mapping[str, float]) -> None:
+    def _write(self, new: Mapping[str, Reading], asked: Mapping[str, float]) -> None:
         if self.cache is None or not new:
             return
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.cache, timeout=10)) as store, store:
                 store.execute(_SCHEMA)
-                rows = [(self._machine, key, seconds) for key, seconds in new.items()]
-                store.executemany("insert or replace into times values (?, ?, ?)", rows)
+                rows = [(self._machine, key, each.seconds, each.error, asked[key]) for key, each in new.items()]
+                store.executemany("insert or replace into readings values (?, ?, ?, ?, ?)", rows)
         except (sqlite3.Error, OSError):  # a cache that cannot be written costs time, nothing else
             return
 
@@ -163,21 +242,23 @@ class _Running:
     def __init__(self, runtime: Runtime, model: onnx.ModelProto) -> None:
         self.session, self.feeds, self.runtime = runtime.session(model, spinning=True), example(model), runtime
         self.now = runtime.clock
-        for _ in range(3):
+        for count in range(3):
             before = self.now()
             self.session.run(None, self.feeds)
             self.seconds = self.now() - before
+            if count and self.seconds > _WARM:
+                break
         self.runs = int(np.clip(_STRETCH / max(self.seconds, 1e-6), 1, _MOST_RUNS))
 
     def time(self) -> float:
-        """Median seconds of a few runs."""
+        """Seconds of a run, the lower quartile of a few: what disturbs a run only ever adds."""
         self.runtime.take_turn(lambda: self.session.run(None, self.feeds), self.seconds)
         found = []
         for _ in range(self.runs):
             before = self.now()
             self.session.run(None, self.feeds)
             found.append(self.now() - before)
-        return float(np.median(found))
+        return sorted(found)[len(found) // 4]
 
 
 def yardstick() -> onnx.ModelProto:
@@ -218,7 +299,7 @@ def machine(runtime: Runtime) -> str:
             "device": _gpu() if runtime.provider in ("cuda", "tensorrt") else _processor(),
             "threads": runtime.thread_count,
             "clock": "thread" if runtime.computes_alone else "wall",
-            "version": 4,  # of how is measured
+            "version": 5,  # of how is measured
         },
         sort_keys=True,
     )

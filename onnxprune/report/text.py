@@ -131,7 +131,7 @@ def ratio(before: float, after: float) -> str:
     return f"{before / after:.2f}x" if after else ""
 
 
-def _cost_rows(a: Measures, b: Measures) -> list[tuple[str, str, str, str]]:
+def _cost_rows(a: Measures, b: Measures, faster: float | None = None) -> list[tuple[str, str, str, str]]:
     rows = [
         ("MACs", quantity(a.macs), quantity(b.macs), ratio(a.macs, b.macs)),
         ("parameters", quantity(a.params), quantity(b.params), ratio(a.params, b.params)),
@@ -140,14 +140,14 @@ def _cost_rows(a: Measures, b: Measures) -> list[tuple[str, str, str, str]]:
     if a.memory is not None and b.memory is not None:
         rows.append(("peak memory", f"{quantity(a.memory)}B", f"{quantity(b.memory)}B", ratio(a.memory, b.memory)))
     if a.latency_ms and b.latency_ms:
-        times = ratio(a.latency_ms.median, b.latency_ms.median)
+        times = f"{faster:.2f}x" if faster else ratio(a.latency_ms.median, b.latency_ms.median)
         rows.append(("latency", latency(a.latency_ms), latency(b.latency_ms), times))
     return rows
 
 
 def cost_rows(report: Report) -> list[tuple[str, str, str, str]]:
-    """Before, after and ratio of everything that a run makes smaller."""
-    return _cost_rows(report.before, report.after)
+    """Before, after and ratio of everything that a run makes smaller; that of the time as it was measured in turns."""
+    return _cost_rows(report.before, report.after, report.achieved.latency)
 
 
 def shown_groups(groups: Sequence[GroupEntry], most: int | None) -> tuple[list[GroupEntry], str]:
@@ -275,8 +275,8 @@ def show_comparison(found: Comparison, out: Console) -> None:
     names = [side.name for side in (found.a, found.b)]
     short = [Path(name).name for name in names]
     table = _table("", *(f">{clean(name)}" for name in (names if short[0] == short[1] else short)), ">ratio")
-    sides = (Measures(side.macs, side.params, side.bytes, side.latency_ms) for side in (found.a, found.b))
-    for row in _cost_rows(*sides):
+    first, second = (Measures(side.macs, side.params, side.bytes, side.latency_ms) for side in (found.a, found.b))
+    for row in _cost_rows(first, second):
         table.add_row(*row)
     out.print(table)
     batch = f"{found.batch} sample{'s' if found.batch > 1 else ''}"
