@@ -20,7 +20,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxprune.data import InputSpec
 from onnxprune.errors import InputError
-from onnxprune.tensors import array_of, attach
+from onnxprune.tensors import array_of, attach, with_dense
 
 G_LOGGER.severity = G_LOGGER.ERROR  # it warns of types that NumPy lacks, which are kept as they are
 
@@ -309,4 +309,13 @@ def read_model(path: Path) -> onnx.ModelProto:
             " imports); export the model again"
         )
     attach(model, path)
-    return model
+    return with_dense(model)
+
+
+def model_of(given: str | Path | onnx.ModelProto) -> onnx.ModelProto:
+    """A model, or that of a file.
+
+    Raises:
+        InputError: the file does not hold one.
+    """
+    return with_dense(given) if isinstance(given, onnx.ModelProto) else read_model(Path(given))

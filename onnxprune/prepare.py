@@ -25,7 +25,7 @@ from onnxprune.data import Calibration, InputSpec, Preprocessing, load_calibrati
 from onnxprune.deployed import deployed_feeds
 from onnxprune.errors import InputError
 from onnxprune.gathered import Gathered
-from onnxprune.graph import Graph, read_model
+from onnxprune.graph import Graph, model_of
 from onnxprune.journal import Journal
 from onnxprune.macs import layers_within
 from onnxprune.mirror import mirror_axes
@@ -188,7 +188,7 @@ def prepare(
     runtime = Runtime(settings.provider, settings.threads)
     with progress.stage("load"):
         path = None if isinstance(model, onnx.ModelProto) else Path(model)
-        original = model if isinstance(model, onnx.ModelProto) else read_model(Path(model))
+        original = model_of(model)
         runtime, session = runtime.ready(original)
         graph = Graph(original, path.parent if path else None)
         kept = _kept(original, settings)
