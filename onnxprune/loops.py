@@ -97,8 +97,14 @@ def why_closed(model: onnx.ModelProto, place: int, defined: Counter[str] | None 
     if turned:
         return f"{turned} stands within it; export without loops in loops"
     stored = stored_names(model.graph) - {t.name for t in model.graph.initializer if not t.dims}
+    same = {inner.output[0]: inner.input[0] for inner in body.node if inner.op_type == "Identity"}
     for k, (given, value) in enumerate(zip(node.input, body.input, strict=False)):
-        if given in stored and (state := _state(node, k)) is not None and body.output[state].name == value.name:
+        if given not in stored or (state := _state(node, k)) is None:
+            continue
+        handed_on = body.output[state].name
+        while handed_on in same:
+            handed_on = same[handed_on]
+        if handed_on == value.name:
             return (
                 f"weight {given!r} comes in as a state that no turn changes; export with the body reading it from"
                 " outside, or with the loop unrolled"

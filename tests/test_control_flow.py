@@ -610,14 +610,15 @@ def test_an_uncut_loop_stays_as_it_was(make: Callable[[], onnx.ModelProto], _: s
         np.testing.assert_array_equal(found, wanted)
 
 
-def handed_on() -> onnx.ModelProto:
+def handed_on(named: bool = False) -> onnx.ModelProto:
     """A weight that goes from turn to turn as a state: the body has it under no name of the file's."""
     g = Builder()
     x = g.Relu(g.linear(g.Relu(g.linear(g.input("x", [5, 7]), 16, name="free")), 8, name="seen"))
     nodes = [node("Identity", ["go"], "on"), node("MatMul", ["state", "weight"], "next")]
     infos = [helper.make_tensor_value_info("turn", INT64, []), helper.make_tensor_value_info("go", BOOL, [])]
     infos += [helper.make_tensor_value_info(name, FLOAT, None) for name in ("state", "weight")]
-    inner = body(nodes, infos, "on", "next", "weight")
+    nodes += [node("Identity", ["weight"], "same")] if named else []
+    inner = body(nodes, infos, "on", "next", "same" if named else "weight")
     y, _ = g.node("Loop", g.const(4), g.const(True), x, g.weight(8, 8), body=inner, outputs=2, name="loop")
     return g.model(g.node("MatMul", y, g.weight(8, 3)))
 
@@ -627,6 +628,11 @@ def handed_on() -> onnx.ModelProto:
     [
         (
             handed_on,
+            "weight 'w11' comes in as a state that no turn changes",
+            "export with the body reading it from out",
+        ),
+        (
+            lambda: handed_on(named=True),
             "weight 'w11' comes in as a state that no turn changes",
             "export with the body reading it from out",
         ),
