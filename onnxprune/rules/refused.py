@@ -14,7 +14,7 @@ REASONS = {
         "draws random numbers, so that no cut can be proven"
     ),
     "MaxUnpool": "reads flat indices, which count the channels",
-    "Compress NonMaxSuppression NonZero Unique": "gives as many elements as the values say",
+    "NonMaxSuppression NonZero Unique": "gives as many elements as the values say",
     "ConcatFromSequence Optional OptionalGetElement OptionalHasElement SequenceAt SequenceConstruct SequenceEmpty "
     "SequenceErase SequenceInsert SequenceLength SplitToSequence": (
         "works on a sequence of tensors, which is not followed; split and concatenate tensors instead"
