@@ -7,7 +7,7 @@ reads in the one is then no counterpart of what it gave in the other, so that it
 from __future__ import annotations
 
 from onnxprune.analysis import Analysis
-from onnxprune.graph import FLOATS, Graph
+from onnxprune.graph import FLOATS
 
 _JUDGING = frozenset({"ArgMax", "ArgMin", "Compress", "NonMaxSuppression", "NonZero", "TopK", "Unique"})
 _PICKING = {  # operators that pick from their first input, and where what says which is among the others
@@ -45,11 +45,13 @@ def picked(analysis: Analysis) -> frozenset[str]:
 
 
 def _behind_layers(analysis: Analysis) -> set[str]:
-    """Tensors that depend on what some layer gives."""
-    graph: Graph = analysis.graph
+    """Tensors that depend on the values that some layer gives; how many there are is known before."""
+    graph = analysis.graph
     layers = {layer.node.index for layer in analysis.layers}
     made: set[str] = set()
     for node in graph.nodes:
+        if node.op in ("Shape", "Size") and not node.domain:
+            continue
         if node.index in layers or not made.isdisjoint((*node.inputs, *node.captured)):
             made.update(node.outputs)
     return made - {""}

@@ -73,6 +73,15 @@ def by_the_input() -> onnx.ModelProto:
     return g.model(g.linear(g.Relu(g.linear(x, 12, name="up")), 4, name="down"))
 
 
+def by_sizes() -> onnx.ModelProto:
+    """All rows, numbered by what exporters make of an index: how many there are is no value."""
+    g = Builder()
+    x = g.Relu(g.linear(g.input("x", [6, 10]), 16, name="first"))
+    ones = g.ConstantOfShape(g.Slice(g.Shape(x), g.const([0]), g.const([1])))
+    rows = g.Squeeze(g.NonZero(g.Add(ones, g.const(1.0))), g.const([0]))
+    return g.model(g.linear(g.Relu(g.linear(g.Gather(x, rows, axis=0), 12, name="up")), 4, name="down"))
+
+
 @pytest.mark.parametrize(
     ("model", "fitted"),
     [
@@ -81,8 +90,9 @@ def by_the_input() -> onnx.ModelProto:
         (best_tokens(), {"score"}),
         (codebook(), {"near", "up", "down"}),
         (by_the_input(), {"up", "down"}),
+        (by_sizes(), {"up", "down"}),
     ],
-    ids=["experts", "points", "best tokens", "codebook", "input"],
+    ids=["experts", "points", "best tokens", "codebook", "input", "sizes"],
 )
 def test_layers_that_read_what_is_picked_are_not_fitted(model: onnx.ModelProto, fitted: set[str]) -> None:
     analysis, _ = analysed(model)
