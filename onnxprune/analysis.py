@@ -246,6 +246,7 @@ def outside_seeds(
     for name, shape in known.items():
         if name in inputs:
             readers = graph.consumers.get(name, ())
+            readers = tuple(reader for reader in readers if reader.op != "Shape") or readers
             where = (readers[0].label, readers[0].op) if readers else ("", "")
             seeds += [Seed(Kind.INPUT, "an input of the graph", *where, name, axis) for axis in range(len(shape))]
         elif name in graph.outputs:

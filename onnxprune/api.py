@@ -20,7 +20,7 @@ from onnxprune.data import Preprocessing, load_calibration
 from onnxprune.errors import InputError
 from onnxprune.finish import Result, aim, finish, within_reach
 from onnxprune.gathered import Gathered
-from onnxprune.graph import Graph, read_model
+from onnxprune.graph import Graph, model_of
 from onnxprune.journal import Journal
 from onnxprune.prepare import prepare
 from onnxprune.progress import Progress
@@ -268,7 +268,7 @@ def analyze(
 ) -> Inspection:
     """Find what may be removed from a model; data only serve to know the sizes of dynamic inputs."""
     runtime = Runtime("cpu", threads)
-    original = model if isinstance(model, onnx.ModelProto) else read_model(Path(model))
+    original = model_of(model)
     path = None if isinstance(model, onnx.ModelProto) else Path(model)
     runtime = runtime.suited(original)
     graph = Graph(original, path.parent if path else None)

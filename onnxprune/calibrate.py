@@ -295,6 +295,8 @@ class Sweep:
     ) -> None:
         """Add a batch: what the pruned network reads here, and what the original gave."""
         x, target, out = pruned[reader.layer.data], answer.output, answer.out
+        if not len(x) or not target.size:  # no sample came this way: an expert that is not asked, say
+            return
         positions = self.batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
         shortcut: np.ndarray | None = None
         if behind.residual and answer.residual is not None:

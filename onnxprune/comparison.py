@@ -17,7 +17,7 @@ from onnxprune.cost import Latency, measure_latency, params
 from onnxprune.counting import count, findings
 from onnxprune.data import Calibration, InputSpec, Preprocessing, load_calibration
 from onnxprune.errors import InputError
-from onnxprune.graph import Graph, read_model
+from onnxprune.graph import Graph, model_of
 from onnxprune.images import fits, is_float, shape_text
 from onnxprune.progress import Progress
 from onnxprune.runtime import Runtime
@@ -114,7 +114,7 @@ def compare(
         raise InputError(f"batch size: expected at least 1, found {batch_size}; try {DEFAULT_BATCH}")
     runtime = Runtime(provider, threads)
     with progress.stage("load"):
-        first, second = (each if isinstance(each, onnx.ModelProto) else read_model(Path(each)) for each in (a, b))
+        first, second = map(model_of, (a, b))
         runtime = runtime.suited(first)
         runtime = runtime if runtime.as_float32 else runtime.suited(second)
         inputs = common_inputs(first, second)

@@ -107,6 +107,8 @@ def _of_first_form(model: onnx.ModelProto, runtime: Runtime, work: Callable[[Gra
 def _finds(node: Node, graph: Graph) -> bool:
     if node.domain or node.op not in _FINDING or node.choice:
         return False
+    if node.op == "Compress" and node.inputs[1] in graph.computed_from_constants:  # it takes what the file says
+        return False
     return node.op != "Loop" or not layers_within(graph.model.graph.node[node.index])  # else its own work counts
 
 

@@ -97,7 +97,7 @@ def _analysed(
 def _proven(analysis: Analysis, plan: Plan, cut: onnx.ModelProto, runtime: Runtime, flat: Flat) -> bool:
     """Whether the cut is exact with its loops closed, in which every loop takes more than its first turn."""
     probes = analysis.shapes.probes
-    for tensor, axis in {node.often for node in analysis.graph.nodes if node.often}:
+    for tensor, axis in {place for node in analysis.graph.nodes for place in node.often}:
         if max(p.shapes[tensor][axis] for p in probes) < 2:
             return False
     try:

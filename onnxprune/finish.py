@@ -277,10 +277,8 @@ def _removed(prepared: Prepared, plan: Plan) -> dict[str, dict[int, tuple[int, .
     all of them is left out: its name does not say what was removed.
     """
     analysis, original, network = prepared.analysis, prepared.graph, prepared.network
-    graph, known = (
-        analysis.graph,
-        {*original.stored_names(), *original.computed_from_constants, *network.flat.names.values()},
-    )
+    graph = analysis.graph
+    known = {*original.stored_names(), *original.computed_from_constants, *network.flat.names.values()}
     found: dict[str, dict[int, tuple[int, ...]]] = {}
     own = network.flat.names
     for (tensor, axis), gone in sorted(removed_positions(analysis, plan).items()):
@@ -304,6 +302,7 @@ def _removed(prepared: Prepared, plan: Plan) -> dict[str, dict[int, tuple[int, .
     if made and prepared.original.functions:  # which may turn what they are given
         inlined = Graph(inline_local_functions(prepared.original), original.folder)
         found = {**origins(inlined, made, prepared.runtime), **found}
+        known |= set(inlined.stored_names())  # what functions store is called as in the model with functions inlined
     return {name: axes for name, axes in found.items() if name in known - uneven}
 
 

@@ -20,7 +20,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxprune.data import InputSpec
 from onnxprune.errors import InputError
-from onnxprune.tensors import array_of, attach
+from onnxprune.tensors import array_of, attach, with_dense
 
 G_LOGGER.severity = G_LOGGER.ERROR  # it warns of types that NumPy lacks, which are kept as they are
 
@@ -51,7 +51,7 @@ class Node:
     choice: bool = False  # an If that hands on one of two tensors, see `is_choice`
     entry: bool = False  # what the first turn of a loop gets: later ones may get anything
     turn: tuple[tuple[str, ...], tuple[str, ...]] | None = None  # of an open loop, what a turn gets and gives
-    often: tuple[str, int] | None = None  # of a node of its first turn, the axis that is as long as there are turns
+    often: tuple[tuple[str, int], ...] = ()  # of a node of first turns, the axes that are as long as there are turns
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -256,6 +256,11 @@ def note(proto: onnx.NodeProto, what: str, value: object = True) -> onnx.NodePro
     return proto
 
 
+def noted(proto: onnx.NodeProto, what: str) -> Any:
+    """What was written down on a node; nothing where nothing was."""
+    return next((json.loads(e.value) for e in proto.metadata_props if e.key == f"{_NOTES}{what}"), None)
+
+
 def copy_notes(source: onnx.NodeProto, proto: onnx.NodeProto) -> None:
     """Write down on a node what was written down on another one."""
     proto.metadata_props.extend(entry for entry in source.metadata_props if entry.key.startswith(_NOTES))
@@ -272,7 +277,7 @@ def _noted(proto: onnx.NodeProto) -> dict[str, Any]:
     found = {e.key.removeprefix(_NOTES): json.loads(e.value) for e in proto.metadata_props if e.key.startswith(_NOTES)}
     if "turn" in found:
         found["turn"] = tuple(map(tuple, found["turn"]))
-    return found | ({"often": tuple(found["often"])} if "often" in found else {})
+    return found | ({"often": tuple(map(tuple, found["often"]))} if "often" in found else {})
 
 
 def is_choice(proto: onnx.NodeProto) -> bool:
@@ -309,4 +314,13 @@ def read_model(path: Path) -> onnx.ModelProto:
             " imports); export the model again"
         )
     attach(model, path)
-    return model
+    return with_dense(model)
+
+
+def model_of(given: str | Path | onnx.ModelProto) -> onnx.ModelProto:
+    """A model, or that of a file.
+
+    Raises:
+        InputError: the file does not hold one.
+    """
+    return with_dense(given) if isinstance(given, onnx.ModelProto) else read_model(Path(given))

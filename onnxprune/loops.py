@@ -27,7 +27,7 @@ from onnxprune.bodies import (
     stored_names,
     take_out,
 )
-from onnxprune.graph import drop_notes, note
+from onnxprune.graph import drop_notes, note, noted
 from onnxprune.macs import layers_within
 from onnxprune.tensors import bodies, nodes_within
 
@@ -69,12 +69,16 @@ class FirstTurn:
 
 
 def open_loops(model: onnx.ModelProto) -> Iterator[OpenLoop]:
-    """Lay open the first turn of every loop of the main graph that can be, in place."""
-    defined = all_names(model)
-    for place in reversed(range(len(model.graph.node))):
-        node = model.graph.node[place]
-        if is_loop(node) and layers_within(node) and not why_closed(model, place, defined):
-            yield _open(model, place, defined)
+    """Lay open the first turn of every loop of the main graph that can be, in place, and of those in first turns."""
+    found = True
+    while found:
+        found, defined = False, all_names(model)
+        for place in reversed(range(len(model.graph.node))):
+            node = model.graph.node[place]
+            waits = is_loop(node) and noted(node, "turn") is None and layers_within(node)
+            if waits and not why_closed(model, place, defined):
+                found = True
+                yield _open(model, place, defined)
 
 
 def is_loop(node: onnx.NodeProto) -> bool:
@@ -93,12 +97,18 @@ def why_closed(model: onnx.ModelProto, place: int, defined: Counter[str] | None 
     versions = {entry.domain: entry.version for entry in model.opset_import}
     if versions.get("", versions.get("ai.onnx", 0)) < 9:
         return "before opset 9 a Scan had a batch; convert it to opset 9"
-    turned = next((inner.op_type for inner in nodes_within(body) if inner.op_type != "If" and [*bodies(inner)]), "")
-    if turned:
-        return f"{turned} stands within it; export without loops in loops"
+    listed = next((inner.op_type for inner in nodes_within(body) if inner.op_type == "SequenceMap"), "")
+    if listed:
+        return f"{listed} stands within it; export without lists of tensors"
     stored = stored_names(model.graph) - {t.name for t in model.graph.initializer if not t.dims}
+    same = {inner.output[0]: inner.input[0] for inner in body.node if inner.op_type == "Identity"}
     for k, (given, value) in enumerate(zip(node.input, body.input, strict=False)):
-        if given in stored and (state := _state(node, k)) is not None and body.output[state].name == value.name:
+        if given not in stored or (state := _state(node, k)) is None:
+            continue
+        handed_on = body.output[state].name
+        while handed_on in same:
+            handed_on = same[handed_on]
+        if handed_on == value.name:
             return (
                 f"weight {given!r} comes in as a state that no turn changes; export with the body reading it from"
                 " outside, or with the loop unrolled"
@@ -140,12 +150,13 @@ def _open(model: onnx.ModelProto, place: int, defined: Counter[str]) -> OpenLoop
     outer = frozenset(name for n in model.graph.node for name in n.output)
     found = first_turn(model, node, defined, {n.name for n in model.graph.node})
     attribute = next(a for a in node.attribute if a.HasField("g"))
-    often = scanned_axis(node) if node.op_type == "Scan" else (f"{node.output[0]}/turns", 0)
+    turns = scanned_axis(node) if node.op_type == "Scan" else (f"{node.output[0]}/turns", 0)
+    around = noted(loop, "often") or []  # turns of the loops that it stands in
     for each in attribute.g.node:
-        note(each, "often", often)
+        note(each, "often", [*around, turns])
     _run_again(loop, found.body, {t.name for t in attribute.g.initializer})
     if node.op_type == "Loop":
-        count_turns(loop, often[0])
+        count_turns(loop, turns[0])
     note(loop, "turn", [found.inputs, [value.name for value in attribute.g.output]])
     for k, each in enumerate(found.nodes):
         model.graph.node.insert(place + k, each)

@@ -64,10 +64,9 @@ def all_terms(nodes: Iterable[Node], shapes: Shapes) -> tuple[MacTerm, ...]:
     """The cost of all nodes; what is in bodies that run several times is a number of its own."""
     found: list[MacTerm] = []
     for node in nodes:
-        often = (node.often,) if node.often else ()
-        found += [replace(term, axes=(*term.axes, *often)) for term in mac_terms(node, shapes)]
+        found += [replace(term, axes=(*term.axes, *node.often)) for term in mac_terms(node, shapes)]
         if node.index in shapes.turns:
-            found.append(MacTerm(node.label, node.index, shapes.turns[node.index], ()))
+            found.append(MacTerm(node.label, node.index, shapes.turns[node.index], node.often))
     return tuple(found)
 
 

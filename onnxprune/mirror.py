@@ -41,7 +41,8 @@ def mirror_axes(
     names = [output.name for output in session.get_outputs()]
 
     def answer(feeds: Arrays) -> dict[str, np.ndarray]:
-        return dict(zip(names, session.run(None, feeds), strict=True))
+        found = zip(names, session.run(None, feeds), strict=True)
+        return {each: a for each, a in found if isinstance(a, np.ndarray)}  # not of lists of tensors
 
     turned = other = 0.0
     before: Arrays | None = None

@@ -25,10 +25,11 @@ from onnxprune.data import Calibration, InputSpec, Preprocessing, load_calibrati
 from onnxprune.deployed import deployed_feeds
 from onnxprune.errors import InputError
 from onnxprune.gathered import Gathered
-from onnxprune.graph import Graph, read_model
+from onnxprune.graph import Graph, model_of
 from onnxprune.journal import Journal
 from onnxprune.macs import layers_within
 from onnxprune.mirror import mirror_axes
+from onnxprune.picks import picked
 from onnxprune.pipeline import Chooser
 from onnxprune.probe import Feeds, probe
 from onnxprune.progress import Progress
@@ -188,7 +189,7 @@ def prepare(
     runtime = Runtime(settings.provider, settings.threads)
     with progress.stage("load"):
         path = None if isinstance(model, onnx.ModelProto) else Path(model)
-        original = model if isinstance(model, onnx.ModelProto) else read_model(Path(model))
+        original = model_of(model)
         runtime, session = runtime.ready(original)
         graph = Graph(original, path.parent if path else None)
         kept = _kept(original, settings)
@@ -383,8 +384,16 @@ def _warnings(
         count = f"{len(calibration)} sample{'s' if len(calibration) > 1 else ''}"
         found.append(f"only {count}: fidelity is measured on those that the weights were fitted to")
     if settings.reconstruct:
-        found += _quantised(analysis)
+        found += [*_quantised(analysis), *_picked(analysis)]
     return found
+
+
+def _picked(analysis: Analysis) -> list[str]:
+    """A word on layers behind a ranking or a search, which are cut and not fitted."""
+    rows, readers = picked(analysis), {name for info in analysis.groups for name in info.consumers}
+    count = sum(layer.data in rows and layer.node.label in readers for layer in analysis.layers)
+    said = "what the network itself picks (boxes, tokens of an expert): cut exactly, and not fitted"
+    return [f"{count} layer{'s read' if count > 1 else ' reads'} {said}"] if count else []
 
 
 def _quantised(analysis: Analysis) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 from onnxprune.analysis import Analysis
 from onnxprune.errors import InputError
 from onnxprune.layers import Layer
+from onnxprune.picks import picked
 from onnxprune.statistics import Statistics
 from onnxprune.unfold import Unfolding, columns_of, to_matrices
 
@@ -49,7 +50,7 @@ def check_finite(reader: Reader, sums: Iterable[Statistics], network: str) -> No
 
 def find_readers(analysis: Analysis) -> tuple[Reader, ...]:
     """The layers that read a group or feed an output, in graph order, where their weights can be fitted."""
-    graph, shapes = analysis.graph, analysis.shapes
+    graph, shapes, other_rows = analysis.graph, analysis.shapes, picked(analysis)
     uses: dict[str, int] = {}
     for node in graph.nodes:
         for name in (*node.inputs, *node.captured):
@@ -67,7 +68,7 @@ def find_readers(analysis: Analysis) -> tuple[Reader, ...]:
         if shared or columns_of(layer, weight_shape) > MAX_COLUMNS or not (parts or layer.node.index in heads):
             continue
         in_shape, out_shape = shapes.shape(layer.data) or (), shapes.shape(layer.output) or ()
-        if in_shape[:1] != out_shape[:1]:
+        if in_shape[:1] != out_shape[:1] or layer.data in other_rows:
             continue
         unfolding = Unfolding.of(layer, weight_shape, in_shape, out_shape)
         columns = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from onnxprune.analysis import Analysis, GroupInfo
 
 _SUMS = frozenset({"Add", "Mean", "Sub", "Sum"})
+_COSTLY = 0.02  # of what all readers of a group cost; the layers of a gate cost less
 _MANY = 2.0  # times the cost of the layers that make a group have the layers that read it, where they read alone
 
 
@@ -37,10 +38,13 @@ def samplable(analysis: Analysis) -> frozenset[int]:
 def _shared(info: GroupInfo, costs: dict[str, float], added_to: bool) -> bool:
     """Whether a group's readers had better choose for themselves.
 
-    That layers make it together is not enough: a gate's channels are those of what it multiplies.
+    There have to be several that cost something. That layers make it together is not enough: a gate's channels are
+    those of what it multiplies.
     """
     made, read = (sum(costs.get(label, 0.0) for label in labels) for labels in (info.producers, info.consumers))
-    return (added_to and len(info.producers) > 1) or (len(info.consumers) > 1 and read >= _MANY * made)
+    if sum(costs.get(label, 0.0) >= _COSTLY * read for label in info.consumers) < 2:
+        return False
+    return (added_to and len(info.producers) > 1) or read >= _MANY * made
 
 
 def _summed(analysis: Analysis) -> frozenset[tuple[str, int]]:

@@ -173,7 +173,8 @@ def measure(
         room: what this may take.
     """
     graph = analysis.graph
-    outputs = [n for n in graph.outputs if n not in graph.computed_from_constants]
+    # what is known to have a shape: lists of tensors and maps of names are no answers whose changes can be measured
+    outputs = [n for n in graph.outputs if n not in graph.computed_from_constants and analysis.shapes.known(n)]
     names = list(dict.fromkeys(unsquashed(graph, n) for n in outputs))
     changed = {g: sorted(v.tensors) for g, v in variants.items() if v.count and v.tensors}
     first = {g: min(n.index for name in tensors for n in graph.consumers[name]) for g, tensors in changed.items()}

@@ -64,6 +64,7 @@ def every_tensor(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every tensor that a model stores."""
     for graph in graphs(model):
         yield from graph.initializer
+        yield from (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
         for node in graph.node:
             yield from tensors_of(node)
     for function in model.functions:
@@ -72,6 +73,34 @@ def every_tensor(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 # ------------------------------------------------------------------------------------------------ reading
+
+
+def with_dense(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same with sparse tensors written out, so that they are weights like others; itself where there are none."""
+    if not any(graph.sparse_initializer or any(map(_is_sparse, graph.node)) for graph in graphs(model)):
+        return model
+    dense = onnx.ModelProto()
+    dense.CopyFrom(model)
+    for graph in graphs(dense):
+        graph.initializer.extend(map(_written_out, graph.sparse_initializer))
+        del graph.sparse_initializer[:]
+        for node in filter(_is_sparse, graph.node):
+            (attribute,) = (a for a in node.attribute if a.HasField("sparse_tensor"))
+            value = helper.make_attribute("value", _written_out(attribute.sparse_tensor))
+            attribute.CopyFrom(value)
+    return dense
+
+
+def _is_sparse(node: onnx.NodeProto) -> bool:
+    return any(attribute.HasField("sparse_tensor") for attribute in node.attribute)
+
+
+def _written_out(tensor: onnx.SparseTensorProto) -> onnx.TensorProto:
+    """Its indices count the elements, or name a place along every axis."""
+    values, indices, shape = array_of(tensor.values), array_of(tensor.indices), tuple(tensor.dims)
+    array = np.zeros(shape, values.dtype)
+    array[np.unravel_index(indices, shape) if indices.ndim == 1 else tuple(indices.T)] = values
+    return numpy_helper.from_array(array, tensor.values.name)
 
 
 def is_outside(tensor: onnx.TensorProto) -> bool:

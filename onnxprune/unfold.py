@@ -6,6 +6,7 @@ convolution is one such product per group.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,7 +94,7 @@ class Unfolding:
         """
         n, dtype = x.shape[0], np.promote_types(x.dtype, np.float32)
         if not self.kernel:
-            picked = x.reshape(n, -1, x.shape[-1])[:, positions].reshape(-1, x.shape[-1])
+            picked = _inner(x)[:, positions].reshape(n * len(positions), x.shape[-1])
             rows = np.ones((1, len(picked), x.shape[-1] + 1), dtype)
             rows[0, :, :-1] = picked
             return rows
@@ -119,7 +120,8 @@ class Unfolding:
         n = y.shape[0]
         dtype = np.promote_types(y.dtype, np.float32)
         if not self.kernel:
-            return y.reshape(n, -1, y.shape[-1])[:, positions].reshape(1, -1, y.shape[-1]).astype(dtype, copy=False)
+            picked = _inner(y)[:, positions]
+            return picked.reshape(1, n * len(positions), y.shape[-1]).astype(dtype, copy=False)
         picked = _picked(y.reshape(n, self.group, y.shape[1] // self.group, -1), positions)
         return picked.transpose(1, 0, 3, 2).reshape(self.group, n * len(positions), -1).astype(dtype, copy=False)
 
@@ -181,3 +183,8 @@ def from_matrices(layer: Layer, matrices: np.ndarray, shape: tuple[int, ...]) ->
         return matrices.reshape(g, c // g, -1, o).transpose(0, 1, 3, 2).reshape(shape)
     whole: np.ndarray = matrices[0] if layer.weight_axis == 0 else matrices[0].T
     return whole
+
+
+def _inner(x: np.ndarray) -> np.ndarray:
+    """All axes between the first and the last as one; there may be nothing (a part that no sample of a batch takes)."""
+    return x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])

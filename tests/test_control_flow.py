@@ -452,7 +452,8 @@ def in_a_scan() -> onnx.ModelProto:
 TURNS: list[tuple[str, Callable[[], onnx.ModelProto], int, bool]] = [
     ("Loop", in_a_loop, 4 * 5 * 8 * 8, True),
     ("Loop", lambda: in_a_loop(True), 4 * 5 * 8 * 8 * 2, True),
-    ("Loop", lambda: nested_loops(), 4 * 2 * 5 * 8 * 8, False),
+    ("Loop", lambda: nested_loops(), 4 * 2 * 5 * 8 * 8, True),
+    ("Loop", lambda: handed_on(), 4 * 5 * 8 * 8, False),
     ("Scan", in_a_scan, 5 * 2 * 8 * 8, True),
 ]
 
@@ -581,7 +582,41 @@ LOOPS: list[tuple[Callable[[], onnx.ModelProto], set[str]]] = [
     (lambda: in_a_loop(True), {"free", "matmul6"}),
     (branching, {"before", "state", "wide"}),
     (lambda: branching(own=False), {"before", "state", "wide"}),
+    (nested_loops, {"free", "matmul6"}),
+    (lambda: scan_in_a_loop(), {"before", "cell", "open"}),
 ]
+
+
+def scan_in_a_loop() -> onnx.ModelProto:
+    """A recurrent cell over five rows, run three times; the outer loop has a layer of its own before and behind."""
+    g = Builder()
+    x = g.Relu(g.linear(g.input("x", [5, 2, 7]), 8, name="before"))
+    for name, size in (("cell_in", (12, 10)), ("cell_state", (10, 10)), ("wide", (8, 12)), ("narrow", (10, 8))):
+        g.weight(*size, name=name)
+    start, count = g.const(np.zeros((2, 10), np.float32)), g.const(3)
+    value = helper.make_tensor_value_info
+    steps = [
+        node("MatMul", ["row", "cell_in"], "a", name="cell"),
+        node("MatMul", ["was", "cell_state"], "b"),
+        node("Add", ["a", "b"], "c"),
+        node("Tanh", ["c"], "is"),
+        node("Identity", ["is"], "given"),
+    ]
+    infos = [value("was", FLOAT, [2, 10]), value("row", FLOAT, [2, 12])]
+    scan = helper.make_node(
+        "Scan", [start, "open"], ["last", "all"], num_scan_inputs=1, body=body(steps, infos, "is", "given")
+    )
+    steps = [
+        node("Identity", ["go"], "on"),
+        node("MatMul", ["state", "wide"], "opened", name="open"),
+        node("Relu", ["opened"], "open"),
+        scan,
+        node("MatMul", ["all", "narrow"], "closed", name="close"),
+        node("Add", ["closed", "state"], "next"),
+    ]
+    infos = [value("turn", INT64, []), value("go", BOOL, []), value("state", FLOAT, [5, 2, 8])]
+    y = g.node("Loop", count, g.const(True), x, body=body(steps, infos, "on", "next"), name="loop")
+    return g.model(g.node("MatMul", y, g.weight(8, 3), name="last_layer"))
 
 
 @pytest.mark.parametrize(("make", "groups"), LOOPS)
@@ -610,14 +645,15 @@ def test_an_uncut_loop_stays_as_it_was(make: Callable[[], onnx.ModelProto], _: s
         np.testing.assert_array_equal(found, wanted)
 
 
-def handed_on() -> onnx.ModelProto:
+def handed_on(named: bool = False) -> onnx.ModelProto:
     """A weight that goes from turn to turn as a state: the body has it under no name of the file's."""
     g = Builder()
     x = g.Relu(g.linear(g.Relu(g.linear(g.input("x", [5, 7]), 16, name="free")), 8, name="seen"))
     nodes = [node("Identity", ["go"], "on"), node("MatMul", ["state", "weight"], "next")]
     infos = [helper.make_tensor_value_info("turn", INT64, []), helper.make_tensor_value_info("go", BOOL, [])]
     infos += [helper.make_tensor_value_info(name, FLOAT, None) for name in ("state", "weight")]
-    inner = body(nodes, infos, "on", "next", "weight")
+    nodes += [node("Identity", ["weight"], "same")] if named else []
+    inner = body(nodes, infos, "on", "next", "same" if named else "weight")
     y, _ = g.node("Loop", g.const(4), g.const(True), x, g.weight(8, 8), body=inner, outputs=2, name="loop")
     return g.model(g.node("MatMul", y, g.weight(8, 3)))
 
@@ -630,7 +666,11 @@ def handed_on() -> onnx.ModelProto:
             "weight 'w11' comes in as a state that no turn changes",
             "export with the body reading it from out",
         ),
-        (lambda: nested_loops(), "Loop stands within it", "export without loops in loops"),
+        (
+            lambda: handed_on(named=True),
+            "weight 'w11' comes in as a state that no turn changes",
+            "export with the body reading it from out",
+        ),
     ],
 )
 def test_a_loop_that_stays_says_why(make: Callable[[], onnx.ModelProto], reason: str, remedy: str) -> None:

@@ -78,3 +78,13 @@ def test_a_cut_model_that_finds_more_or_less_is_counted_on_what_the_original_fou
 def test_a_detector_that_finds_nothing_is_pruned_as_well() -> None:
     result = prune(detector(above=1e9), speedup=1.5, threads=1, reconstruct=False, select="l1")
     assert result.report.achieved.macs >= 1.5
+
+
+def test_what_a_stored_condition_takes_is_no_finding() -> None:
+    """A cut model takes fewer channels than the original."""
+    g = Builder()
+    taken = g.const(np.array([1, 0, 1, 1, 0, 1, 1, 1], bool))
+    x = g.Compress(g.Relu(g.conv(g.input("x", ["n", 3, 8, 8]), 8)), taken, axis=1)
+    model = g.model(g.node("Conv", x, g.weight(4, 6, 3, 3)))
+    result = prune(model, speedup=1.5, select="l1", reconstruct=False, threads=1)
+    assert result.report.achieved.macs == count_model_macs(model) / count_model_macs(result.model) >= 1.5

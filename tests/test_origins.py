@@ -9,6 +9,7 @@ import onnx
 import pytest
 from builder import run
 from onnx import helper, numpy_helper, parser
+from onnx.inliner import inline_local_functions
 
 from onnxprune.api import prune
 from onnxprune.graph import Graph
@@ -82,3 +83,19 @@ def test_slices_of_tensors_that_are_computed_are_not_made_up() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     found = origins(Graph(model), {"t": {0: (1,)}, "u": {0: (2,)}}, Runtime("cpu", 1))
     assert found == {"v": {1: (2,)}}
+
+
+def test_what_a_function_stores_is_named_as_in_the_model_with_functions_inlined() -> None:
+    """Each call has a copy of its own, which is cut by itself."""
+    model = parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 17, "own" : 1]>
+        g (float[5, 8] x) => (float[5, 8] z) { y = own.layer(x) r = Relu(y) z = own.layer(r) }
+        <domain: "own", opset_import: ["" : 17]> layer (x) => (z) { w = Constant<value_int = 1>() z = MatMul(x, w) }"""
+    )
+    weight = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    model.functions[0].node[0].attribute[0].CopyFrom(helper.make_attribute("value", numpy_helper.from_array(weight)))
+    result = prune(model, speedup=1.5, select="l1", reconstruct=False, threads=1)
+    plain = inline_local_functions(model)
+    first, second = (node.output[0] for node in plain.graph.node if node.op_type == "Constant")
+    assert set(result.report.removed) == {first, second}
+    assert set(result.report.removed[first]) == {1} and set(result.report.removed[second]) == {0}

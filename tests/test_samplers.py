@@ -140,6 +140,18 @@ def test_what_a_gate_multiplies_is_no_stream() -> None:
     assert labels(model) == set()
 
 
+def test_what_one_layer_alone_reads_is_no_stream() -> None:
+    """A gate of fully connected layers costs nothing beside the convolution; a sum that one convolution reads."""
+    g = Builder(seed=5)
+    x = g.input("x", ["n", 3, 8, 8])
+    wide = g.Relu(g.conv(x, 12, name="wide"))
+    gate = g.gemm(g.Flatten(g.GlobalAveragePool(wide)), 12, name="gate")
+    x = g.conv(g.Mul(wide, g.Reshape(g.Sigmoid(gate), g.const([-1, 12, 1, 1]))), 24, name="project")
+    left, right = g.conv(g.Relu(x), 8, name="left"), g.conv(x, 8, group=2, name="right")
+    model = g.model(g.conv(g.Add(left, right), 4, name="last"))
+    assert labels(model) == set()
+
+
 def test_a_stream_is_cut_where_sampling_does_not_go_far_enough() -> None:
     """Layers that write to the stream keep their width while others sample it."""
     g = Builder(seed=5)

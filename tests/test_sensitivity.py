@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 import pytest
 from builder import RUNTIME, Builder, analysed, run
+from onnx import helper
 from scipy.special import softmax
 
+from onnxprune import prune
 from onnxprune.batches import Batches
 from onnxprune.data import load_calibration
 from onnxprune.memory import Room
@@ -177,3 +179,16 @@ def test_groups_without_variants_are_left_out() -> None:
     }
     found = measure(analysis, variants, Batches(data, 2, 0), RUNTIME, Progress(), Room(1 << 30))
     assert found.keys() == {1, 2} and found[2] == [np.inf]  # nothing that is stored says what that would cost
+
+
+def test_an_output_that_is_a_list_of_tensors_is_no_answer_to_measure() -> None:
+    g = Builder()
+    y = g.conv(g.Relu(g.conv(g.input("x", ["n", 3, 8, 8]), 8)), 4)
+    model = g.model(y)
+    model.graph.node.append(helper.make_node("SplitToSequence", [y], ["parts"], axis=1))
+    model.graph.output.append(helper.make_tensor_sequence_value_info("parts", onnx.TensorProto.FLOAT, None))
+    x = np.random.default_rng(0).standard_normal((20, 3, 8, 8)).astype(np.float32)
+    result = prune(model, data=x, speedup=1.5, threads=1)
+    whole, parts = run(result.model, {"x": x})
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+    assert result.report.achieved.macs >= 1.5

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from builder import Builder, run
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune import tensors
 from onnxprune.api import analyze, prune, prune_family
@@ -272,3 +272,32 @@ def test_weights_outside_that_are_computed_from_others(tmp_path: Path) -> None:
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     result = prune(path, speedup=1.5, threads=1, reconstruct=False)
     assert result.report.achieved.macs >= 1.5
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_sparse_weights_are_written_out_and_cut(tmp_path: Path, linear: bool) -> None:
+    """An initializer and a Constant, their places counted or named; previously onnxruntime was said to refuse them."""
+    model = network()
+    dense = [numpy_helper.to_array(t) * (numpy_helper.to_array(t) > 0) for t in model.graph.initializer[:2]]
+
+    def sparse(array: np.ndarray, name: str) -> onnx.SparseTensorProto:
+        places = np.flatnonzero(array) if linear else np.argwhere(array)
+        values = numpy_helper.from_array(array[array != 0], name)
+        return helper.make_sparse_tensor(values, numpy_helper.from_array(places.astype(np.int64)), list(array.shape))
+
+    first, second = model.graph.initializer[:2]
+    model.graph.sparse_initializer.append(sparse(dense[0], first.name))
+    constant = helper.make_node("Constant", [], [second.name], sparse_value=sparse(dense[1], second.name))
+    expected = onnx.ModelProto()
+    expected.CopyFrom(model)
+    del expected.graph.sparse_initializer[:]
+    for k, array in enumerate(dense):
+        expected.graph.initializer[k].CopyFrom(numpy_helper.from_array(array, expected.graph.initializer[k].name))
+    model.graph.node.insert(0, constant)
+    del model.graph.initializer[:2]
+    onnx.save(model, tmp_path / "m.onnx")
+    options = {"data": X, "speedup": 2, "threads": 1, "select": "l1", "reconstruct": False}
+    results = [prune(each, **options) for each in (tmp_path / "m.onnx", model, expected)]
+    for result in results:
+        np.testing.assert_array_equal(run(result.model, {"x": X})[0], run(results[-1].model, {"x": X})[0])
+        assert {first.name, second.name} <= set(result.report.removed)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from onnxprune.axes import Refusal, Relation, parse
-from onnxprune.rules.base import Clauses, Kept, OpView, Repair, Row, Table, add
+from onnxprune.rules.base import FIRST, Clauses, Kept, OpView, Repair, Row, Table, add
 
 MS = "com.microsoft"
 
@@ -96,17 +96,25 @@ def _mend_packed(op: OpView, kept: Kept) -> Repair:
 
 
 def _multi_head_attention(op: OpView) -> Relation | Refusal:
-    """`b s (k ~d), b !t (k ~d), b !t (k v) -> b s (k v)`, without a bias or a cache"""
+    """`b s (k ~d), b !t (k ~d), b !t (k v) -> b s (k v)`, with a bias whole heads only; without a cache"""
     if not op.has(1) or not op.has(2) or len(op.in_shape(1)) != 3 or len(op.in_shape(2)) != 3:
         return Refusal("MultiHeadAttention with packed keys and values")
-    if op.has(3) or any(op.has(k) for k in range(6, 10)) or any(s is not None for s in op.out_sizes[1:]):
-        return Refusal("MultiHeadAttention with a bias of its own or a cache of past keys")
+    if any(op.has(k) for k in range(6, 10)) or any(s is not None for s in op.out_sizes[1:]):
+        return Refusal("MultiHeadAttention with a cache of past keys; export the model without one")
     s = "!s" if op.attributes.get("unidirectional", 0) else "s"
+    if op.has(3):  # those of queries, keys and values in a row
+        if op.in_shape(0)[-1] != op.in_shape(2)[-1]:
+            return Refusal("MultiHeadAttention with a bias, and values of another size than the keys")
+        return parse(f"b {s} (k !d), b !t (k !d), b !t (k !d), (!p k !d), *, {_mask(op, 5, 'k')} -> b {s} (k !d)")
     return parse(f"b {s} (k ~d), b !t (k ~d), b !t (k v), , *, {_mask(op, 5, 'k')} -> b {s} (k v)")
 
 
 def _multi_head_sizes(op: OpView) -> dict[str, int]:
-    return {"k": int(op.attributes["num_heads"])}
+    return {"k": int(op.attributes["num_heads"])} | ({"p": 3} if op.has(3) else {})
+
+
+def _multi_head_zero(op: OpView) -> Clauses:
+    return ((2, 3),) if op.has(3) else ((2,),)
 
 
 def _mend_multi_head(op: OpView, kept: Kept) -> Repair:
@@ -124,6 +132,15 @@ def _rotary(op: OpView) -> Relation | Refusal:
     if not heads:
         return Refusal("RotaryEmbedding that does not state its number of heads")
     return parse(f"b s (h !d), {cache}, {cache}, b s -> b s (h !d)")
+
+
+def _rotary_of_microsoft(op: OpView) -> Relation | Refusal:
+    """`b !s (h !d) -> b !s (h !d)`, or with four axes"""
+    if len(op.in_shape(0)) == 4:
+        return parse("b h !s 1, *, *, * -> b h !s 1")
+    if not op.attributes.get("num_heads", 0):
+        return Refusal("RotaryEmbedding that does not state its number of heads")
+    return parse("b !s (h !d), *, *, * -> b !s (h !d)")
 
 
 def _rotary_sizes(op: OpView) -> dict[str, int]:
@@ -146,7 +163,15 @@ def register(table: Table) -> None:
         Row(_attention, since=23, repair=_mend_attention, sizes=_attention_sizes, zero=_of_values),
     )
     add(table, "RotaryEmbedding", Row(_rotary, since=23, repair=_mend_rotary, sizes=_rotary_sizes))
+    turned = Row(_rotary_of_microsoft, repair=_mend_rotary, sizes=_rotary_sizes, zero=FIRST)
+    add(table, "RotaryEmbedding", turned, domain=MS)
     packed = Row(_packed_attention, repair=_mend_packed, sizes=_packed_sizes, weights=(1, 2), zero=((1, 2),))
     add(table, "Attention", packed, domain=MS)
-    several = Row(_multi_head_attention, repair=_mend_multi_head, sizes=_multi_head_sizes, zero=_of_values)
+    several = Row(
+        _multi_head_attention,
+        repair=_mend_multi_head,
+        sizes=_multi_head_sizes,
+        weights=(3,),
+        zero=_multi_head_zero,
+    )
     add(table, "MultiHeadAttention", several, domain=MS)

@@ -14,7 +14,7 @@ REASONS = {
         "draws random numbers, so that no cut can be proven"
     ),
     "MaxUnpool": "reads flat indices, which count the channels",
-    "Compress NonMaxSuppression NonZero Unique": "gives as many elements as the values say",
+    "NonMaxSuppression NonZero Unique": "gives as many elements as the values say",
     "ConcatFromSequence Optional OptionalGetElement OptionalHasElement SequenceAt SequenceConstruct SequenceEmpty "
     "SequenceErase SequenceInsert SequenceLength SplitToSequence": (
         "works on a sequence of tensors, which is not followed; split and concatenate tensors instead"
@@ -41,9 +41,7 @@ REASONS_OF_MICROSOFT = {
     ),
     "DecoderAttention DecoderMaskedMultiHeadAttention DecoderMaskedSelfAttention GroupQueryAttention PackedAttention "
     "PackedMultiHeadAttention PagedAttention SparseAttention RelativePositionBias GatedRelativePositionBias "
-    "RotaryEmbedding LongformerAttention": (
-        "is an attention operator made by an optimizer; prune the model before it is optimised"
-    ),
+    "LongformerAttention": ("is an attention operator made by an optimizer; prune the model before it is optimised"),
     "EmbedLayerNormalization": "normalises the hidden axis of the embedding; prune the model before it is optimised",
     "BeamSearch GreedySearch Sampling WhisperBeamSearch": "holds a whole model inside; prune that model before",
     "BiasAdd BiasSplitGelu BiasSoftmax BiasDropout ConvTransposeWithDynamicPads CropAndResize "

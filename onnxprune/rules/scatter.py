@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxprune.axes import Refusal, Relation, parse
+from onnxprune.axes import IndexMap, Refusal, Relation, parse
 from onnxprune.rules.base import FIRST, Kept, OpView, Repair, Row, Sizes, Table, add, letters, relate
 from onnxprune.rules.contract import mend_group
 
@@ -113,6 +113,30 @@ def _mend_scatter_nd(op: OpView, kept: Kept) -> Repair:
     return Repair(inputs={1: indices})
 
 
+def _taken(op: OpView) -> np.ndarray | None:
+    """Which positions of its axis a Compress takes, where a stored condition says so."""
+    condition = op.value(1) if "axis" in op.attributes else None
+    return None if condition is None else np.flatnonzero(condition)
+
+
+def _compress(op: OpView) -> Relation | Refusal:
+    """Position by position where the condition is stored; else the axis, or all of them, are mixed."""
+    names, position = letters(op.in_shape(0)), _taken(op)
+    if "axis" not in op.attributes:
+        return relate([_marked(op, set(range(len(names)))), "*"], ["1"])
+    axis = op.axis(0)
+    if position is None:
+        return relate([_marked(op, {axis}), "*"], [" ".join("1" if k == axis else n for k, n in enumerate(names))])
+    text = " ".join("@" if k == axis else n for k, n in enumerate(names))
+    return relate([text, "*"], [text], (IndexMap(0, axis, axis, np.zeros(len(position), np.int64), position),))
+
+
+def _mend_compress(op: OpView, kept: Kept) -> Repair:
+    """Condition."""
+    position, left = _taken(op), kept.inputs[0][op.axis(0)]
+    return Repair() if position is None or left is None else Repair(inputs={1: np.isin(left, position)})
+
+
 def _one_hot(op: OpView) -> Relation | Refusal:
     """The indices' axes; the new one stays."""
     names = letters(op.in_shape(0))
@@ -194,6 +218,7 @@ def register(table: Table) -> None:
     add(table, "GatherND", Row(_gather_nd, zero=FIRST))
     add(table, "Scatter ScatterElements", Row(_scatter_elements, zero=((0, 2),)))
     add(table, "ScatterND", Row(_scatter_nd, repair=_mend_scatter_nd, zero=((0, 2),)))
+    add(table, "Compress", Row(_compress, repair=_mend_compress, zero=FIRST))
     add(table, "OneHot", Row(_one_hot))
     add(table, "ReverseSequence", Row(_reverse, zero=FIRST))
     add(table, "Trilu", Row(_trilu, zero=FIRST))

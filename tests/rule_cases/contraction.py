@@ -174,6 +174,15 @@ def _(d: Draw) -> Call:
     return Call("RotaryEmbedding", [d.floats(b, s, h * e), *caches, positions], {"num_heads": h}, (), 1, 23)
 
 
+@case("RotaryEmbedding", domain=MS)
+def _(d: Draw) -> Call:
+    b, h, s, e = d.shape(0, 0, 0, 4)
+    more = [np.array([0], np.int64), d.floats(8, 2), d.floats(8, 2)]
+    if d.of(True, False):
+        return Call("RotaryEmbedding", [d.floats(b, h, s, e), *more], {}, (1, 2, 3), domain=MS)
+    return Call("RotaryEmbedding", [d.floats(b, s, h * e), *more], {"num_heads": h}, (1, 2, 3), domain=MS)
+
+
 @case("Attention", domain=MS)
 def _(d: Draw) -> Call:
     b, s, i, h, e = d.shape(0, 0, 0, 0, 0)
@@ -188,6 +197,13 @@ def _(d: Draw) -> Call:
     if d.of(True, False):
         inputs += [None, None, d.of(d.floats(b, h, s, t), d.floats(1, 1, s, t))]
     return Call("MultiHeadAttention", inputs, {"num_heads": h}, (), domain=MS)
+
+
+@case("MultiHeadAttention", "bias", domain=MS)
+def _(d: Draw) -> Call:
+    b, s, t, h, e = d.shape(0, 0, 0, 0, 0)
+    inputs = [d.floats(b, s, h * e), d.floats(b, t, h * e), d.floats(b, t, h * e), d.floats(3 * h * e)]
+    return Call("MultiHeadAttention", inputs, {"num_heads": h}, (3,), domain=MS)
 
 
 # ----------------------------------------------------------------------------------------------------- quantisation
@@ -209,3 +225,13 @@ def _quantised(d: Draw, op: str, domain: str) -> Call:
 for _op in ("QuantizeLinear", "DequantizeLinear"):
     for _domain in ("", MS):
         case(_op, domain=_domain)(lambda d, op=_op, domain=_domain: _quantised(d, op, domain))
+
+
+@case("DequantizeLinear", "blocks")
+def _(d: Draw) -> Call:
+    shape, axis = list(d.shape(0, 0)), d.int(0, 1)
+    blocks = list(shape)
+    shape[axis] *= 4
+    x = d.rng.integers(-100, 100, shape).astype(np.int8)
+    inputs = [x, d.floats(*blocks, positive=True), d.rng.integers(-5, 5, blocks).astype(np.int8)]
+    return Call("DequantizeLinear", inputs[: d.int(2, 3)], {"axis": axis, "block_size": 4}, (1, 2), opset=21)

@@ -33,6 +33,24 @@ def _(d: Draw) -> Call:
     return Call("TopK", [x, np.array([2], np.int64)], {"axis": d.int(-1, 2)}, (1,), 2)
 
 
+@case("Compress", "stored")
+def _(d: Draw) -> Call:
+    shape, axis = d.shape(0, 0, 0, low=3), d.int(0, 2)
+    condition = np.array([d.of(True, False) for _ in range(d.int(2, shape[axis]))] + [True])[: shape[axis]]
+    condition[d.int(0, len(condition) - 1)] = True
+    return Call("Compress", [d.floats(*shape), condition], {"axis": axis}, (1,))
+
+
+@case("Compress", "given")
+def _(d: Draw) -> Call:
+    return Call("Compress", [d.floats(*d.shape(0, 0, 0, low=3)), np.array([True, False, True])], {"axis": d.int(-3, 2)})
+
+
+@case("Compress", "flat")
+def _(d: Draw) -> Call:
+    return Call("Compress", [d.floats(*d.shape(0, 0, low=3)), np.array([True, False, True, True])], {}, (1,))
+
+
 @case("GatherElements")
 def _(d: Draw) -> Call:
     a, b, c = d.shape(0, 0, 0)
