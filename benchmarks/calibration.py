@@ -242,7 +242,8 @@ def stages(bench: Bench) -> Rows:
     rows = []
     for name, count in (("resnet56", 5000), ("squeezenet1.0_imagenet", 500)):
         model, count = bench.network(name), bench.args.images or count
-        for how, options in {"default": {}, "--quick": {"quick": True}, "--thorough": {"thorough": True}}.items():
+        for how in bench.args.how.split(","):
+            options = {} if how == "default" else {how: True}
             found = bench.median(
                 lambda model=model, count=count, options={"samples": None, **options}: bench.prune(
                     model, count, plain=True, **options
@@ -376,6 +377,7 @@ def _cell(value: Any) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", default=",".join(PARTS), help="some of the parts")
+    parser.add_argument("--how", default="default,quick,thorough", help="stages: with which efforts")
     parser.add_argument("--images", type=int, help="so many instead, everywhere: for a quick look")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Effort:
     mirrored: int
     together: bool
     products: float = math.inf
+
+    @property
+    def of_few(self) -> Effort:
+        """The same where samples are few: each is looked at in more of its positions, which costs little."""
+        return replace(self, thinned=1, products=math.inf) if self.together else self
 
     def damage_samples(self, samples: int, groups: int) -> int:
         """Of so many samples, how many damage is measured on: a measurement runs half of the network, on average."""

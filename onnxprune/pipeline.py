@@ -92,7 +92,9 @@ class Chooser:
             self.mirrored, self.data = len(whole) - len(self.data), whole
         # statistics of all readers, and what is worked out from those of one
         sums = [8 * r.weights.shape[0] * r.width * (r.width + r.weights.shape[2]) for r in self.readers]
-        blocks = _FEW_BLOCKS if len(self.data) < FEW else 1
+        few = len(self.data) < FEW
+        self.effort = self.effort.of_few if few else self.effort
+        blocks = _FEW_BLOCKS if few else 1
         self.room = Room.of(self.memory, sum(sums) + 4 * max(sums, default=0), blocks)
 
     @contextmanager
