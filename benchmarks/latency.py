@@ -259,12 +259,13 @@ def browser(original: Path, pruned: Path, modules: Path) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------------------------- tables
 
-_MISSING = """Not measured yet: a GPU (none was at hand). One thread's clock is its own processor time; that of two is
-the wall's, on a machine with nothing else running. `rounds` are measurements of cut networks, the fastest one first.
-Rows of a processor without AVX-512 are from a machine with other work on both cores all the time. Rows that are compared
-have to be of one machine, as each pair of curves is. All curves but SqueezeNet's are from before an interval was that of
-fresh sessions: theirs are of one session's runs, and narrower. The second runtime's and the browser's times are lower
-quartiles of a busy machine; the outputs are what counts there. Models called `-cut` are not fitted.
+_MISSING = """Not measured yet: a GPU (none was at hand). One thread's clock is its own processor time; that of two
+is the wall's, on a machine with nothing else running. `rounds` are measurements of cut networks, the fastest one
+first. Rows of a processor without AVX-512 are from a machine with other work on both cores all the time. What is
+compared has to be of one machine, as each pair of curves is. All curves but SqueezeNet's are from before an
+interval was that of fresh sessions: theirs are of one session's runs, and narrower. The second runtime's and the
+browser's times are lower quartiles of a busy machine; the outputs are what counts there. Models called `-cut` are
+not fitted.
 
 In the curves every row with the same `asked` is to take the same measured time:
 `macs` is the least speed-up in MACs that is as fast (but for ResNet-20, where it is what was asked for)."""
