@@ -111,7 +111,7 @@ def frugal() -> Iterator[None]:
     Left to itself it keeps arrays of up to 32 MiB once it has seen one go; that is what it is told to do at the end.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 12 * MIB)
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 4 * MIB)
     try:
         yield
     finally:
