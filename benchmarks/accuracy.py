@@ -147,9 +147,8 @@ _RUN = (
 )
 
 
-_NOTE = """Seconds are those of busy machines. Rows without a flag from before 2026-11-28 are of a default that
-looked at 5,000 samples, which is `--thorough` now; the one of SqueezeNet at 2x was made before few
-samples were looked at in all of the positions that `--thorough` looks at."""
+_NOTE = """Seconds are those of busy machines. Rows without a flag from before 2026-11-28 are of a default that looked
+at 5,000 samples, which is `--thorough` now."""
 
 
 def table(rows: list[Row]) -> str:
