@@ -41,7 +41,7 @@ class Batches:
         self.thinned = thinned
         self.count = len(data)
         self._fed: list[dict[str, np.ndarray]] | None = None
-        self._drawn: dict[tuple[int, int, int], np.ndarray] = {}
+        self._drawn: dict[tuple[int, int, int, int], np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -64,10 +64,10 @@ class Batches:
 
     def positions(self, reader: Reader, batch: int, total: int) -> np.ndarray:
         """Flat output positions of a reader to look at in this batch: the same ones for every network."""
-        key = (reader.index, self.draw(batch), total)
+        key = (reader.index, self.draw(batch), total, -(-_wanted(reader, self.thinned) // self.count))
         if key not in self._drawn:
             rng = np.random.default_rng([self.seed, *key[:2]])
-            self._drawn[key] = sample_positions(total, -(-_wanted(reader, self.thinned) // self.count), rng)
+            self._drawn[key] = sample_positions(*key[2:], rng)
         return self._drawn[key]
 
 

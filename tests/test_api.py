@@ -499,7 +499,7 @@ def test_what_prune_may_be_told_are_the_settings() -> None:
 def test_a_bias_is_added_only_where_it_was_fitted() -> None:
     model = without_biases()
     for fitted in (False, True):
-        result = small(model, reconstruct=fitted, speedup=3.0)
+        result = small(model, reconstruct=fitted, speedup=4.0)
         cut = {name for g in result.report.groups if g.kept < g.units for name in g.consumers} - {"head"}
         assert cut == {"b", "c"}
         biased = {n.name for n in result.model.graph.node if n.op_type == "Conv" and len(n.input) > 2}
