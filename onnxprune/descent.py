@@ -8,9 +8,9 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from onnxprune.blocks import BlockData
-from onnxprune.joint import CHUNKS, Linear, Network, Part, State, Vector, look, read
+from onnxprune.joint import Linear, Network, Part, State, Vector, look, read
 from onnxprune.memory import give_back
-from onnxprune.parallel import Map, workers
+from onnxprune.parallel import MOST, Map, workers
 from onnxprune.statistics import squared
 
 ROUNDS = 2  # times that the pattern is looked at, at most
@@ -78,7 +78,7 @@ class _Side:
 
     def __init__(self, net: Network, data: BlockData, scales: Sequence[float], spread: Map) -> None:
         self.net, self.scales, self.spread = net, scales, spread
-        step = max(-(-len(data) // CHUNKS), 1)
+        step = max(-(-len(data) // MOST), 1)
         self.chunks = [data.take(slice(k, k + step)) for k in range(0, len(data), step)]
 
     def look(self, weights: Vector) -> list[State]:
