@@ -334,9 +334,9 @@ class Sweep:
         for batch in batches.of_fold(fold):
             pruned, answer = shelf.get(states[batch]), self.answers.at_positions(reader, batch)
             x, target = pruned[reader.layer.data], answer.output
-            if not len(x) or not target.size:  # no sample came this way: an expert that is not asked, say
+            mine = batches.rows_of(fold, batch, len(x))
+            if not len(x[mine]) or not target.size:  # no sample came this way: an expert that is not asked, say
                 continue
-            mine, numbers = batches.rows_of(fold, batch, len(x)), batches.numbers(batch, len(x))
             positions = batches.positions(reader, batch, int(np.prod(answer.out, dtype=np.int64)))
             each = target.shape[1] // len(x)
             shortcut: np.ndarray | None = None
@@ -351,6 +351,7 @@ class Sweep:
             for part, r, t in zip(sums, rows, target, strict=True):
                 part.add(r, t)
             if samples is not None:
-                numbers = (numbers[mine][:, None] * each + np.arange(each)).reshape(-1)
+                numbers = batches.numbers(batch, len(x))[mine]
+                numbers = (numbers[:, None] * each + np.arange(each)).reshape(-1)
                 samples.add(numbers, each, rows[0], target[0], shortcut[0] if shortcut is not None else None)
         return [part.statistics for part in sums]

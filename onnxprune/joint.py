@@ -6,10 +6,9 @@ what the outer layers give is linear in a change of the inner weights, and linea
 
     change of the output = W_out * (slope . (X * dW_in))  +  Z * dW_out
 
-so that both changes come out of one linear least-squares problem, which conjugate gradients solve from products with
-the layers and their transposes, preconditioned by the Gram matrices of the layers' inputs. Then the pattern is looked
-at again (`descent`). This is Gauss and Newton's method on two layers; the network behind them plays no part, and no
-label either.
+so that the way to less error follows from products with the transposes of the layers, and how far to go on it from
+products with the layers, in the metric of the Gram matrices of the layers' inputs. Then the pattern is looked at again
+(`descent`). The network behind the two layers plays no part, and no label either.
 """
 
 from __future__ import annotations
@@ -26,12 +25,13 @@ import onnxruntime as ort
 from onnxprune.blocks import Block, BlockData
 from onnxprune.graph import Graph
 from onnxprune.layers import Layer
-from onnxprune.parallel import MOST
 from onnxprune.readers import matrices_of
 from onnxprune.runtime import Runtime
 from onnxprune.segments import Piece, Segments
 from onnxprune.statistics import squared
 from onnxprune.unfold import Unfolding, from_matrices, out_positions
+
+CHUNKS = 2  # that samples are worked on in, side by side
 
 Arrays = dict[str, np.ndarray]
 Vector = list[np.ndarray]  # one stack of matrices per layer, the inner ones first
@@ -67,7 +67,7 @@ class Network:
     def __init__(self, graph: Graph, runtime: Runtime, block: Block) -> None:
         self.graph, self.block, self.runtime = graph, block, runtime
         # several chunks of the samples are worked on side by side
-        self.at_once, self._shared = runtime.shared_out(MOST)
+        self.at_once, self._shared = runtime.shared_out(CHUNKS)
         self.segments = Segments(graph, range(len(graph.nodes)), self._shared)  # windows have sizes of their own
         self._pieces: dict[object, Piece] = {}
         self._pool: ort.InferenceSession | None = None
@@ -261,7 +261,6 @@ class Linear:
         data: what it reads and should give.
         scales: what the squared error of each outer layer counts.
         state: where the map is looked at.
-        read: per inner layer its unfolded input (`read`): the same at every state.
     """
 
     def __init__(
@@ -271,7 +270,6 @@ class Linear:
         data: BlockData,
         scales: Sequence[float],
         state: State,
-        read: Sequence[np.ndarray],
     ) -> None:
         self.net, self.parts, self.data, self.scales, self.state = net, parts, data, scales, state
         self.inner = len(net.block.inner)
@@ -279,8 +277,8 @@ class Linear:
         self.slopes = [net.slope(k, y, data, state.weights) for k, y in enumerate(state.before)]
         shapes = [y.shape for y in (*state.before, *data.least)]
         self.positions = [out_positions(p.layer, s) for p, s in zip(parts, shapes, strict=True)]
-        outer = zip(parts[self.inner :], data.least, strict=True)
-        self.rows = [*read, *(_unfolded(part, state.between.read, y.shape) for part, y in outer)]
+        inputs = [data.held[i.layer.data] for i in net.block.inner] + [state.between.read] * len(data.least)
+        self.rows = [_unfolded(*each) for each in zip(parts, inputs, shapes, strict=True)]
 
     def forward(self, change: Vector) -> list[np.ndarray]:
         """(outer outputs) What the outer layers give more, where it matters."""
@@ -327,12 +325,6 @@ class Linear:
         targets = part.unfolding.targets(output, np.arange(int(np.prod(out, dtype=np.int64))))
         found: np.ndarray = np.matmul(self.rows[k].transpose(0, 2, 1), targets).astype(np.float64) * part.free
         return found
-
-
-def read(net: Network, parts: Sequence[Part], data: BlockData, state: State) -> list[np.ndarray]:
-    """What the inner layers read, unfolded."""
-    inner = zip(net.block.inner, parts, state.before, strict=False)
-    return [_unfolded(part, data.held[i.layer.data], y.shape) for i, part, y in inner]
 
 
 def _unfolded(part: Part, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

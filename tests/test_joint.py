@@ -28,7 +28,6 @@ from onnxprune.joint import (
     adjoint,
     current,
     look,
-    read,
     stored_tensors,
 )
 from onnxprune.layers import Layer
@@ -233,7 +232,7 @@ class Case:
     def linear(self, data: BlockData) -> Linear:
         scales = [1.0 + k for k in range(len(self.block.outer))]
         state = look(self.net, self.weights, data, scales)
-        return Linear(self.net, self.parts, data, scales, state, read(self.net, self.parts, data, state))
+        return Linear(self.net, self.parts, data, scales, state)
 
 
 @pytest.mark.parametrize(("make", "k"), CASES, ids=lambda v: getattr(v, "__name__", str(v)))
