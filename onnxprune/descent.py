@@ -21,7 +21,7 @@ from onnxprune.joint import CHUNKS, Linear, Network, Part, State, Vector, look
 from onnxprune.memory import give_back
 from onnxprune.parallel import Map, workers
 
-PASSES = 4  # over the samples, at most
+PASSES = 3  # over the samples, at most
 _STEPS = 16  # of a pass: as many parts
 _SOUNDED = 4  # of so many samples one tells the metric and the length of the steps
 _MOMENTUM = 0.8
