@@ -21,6 +21,8 @@ from onnxprune.surroundings import look_behind
 from onnxprune.unfold import out_positions
 from onnxprune.views import View
 
+Sizes = dict[int, tuple[int, ...]]  # by the reader's index, those of the axes of its output that are positions
+
 
 @dataclass(frozen=True, eq=False)
 class Answer:
@@ -66,7 +68,7 @@ class Answers:
         everything = {*analysis.graph.producer, *(spec.name for spec in analysis.graph.inputs)}
         self._residuals = {r.index: _residual(analysis, r, everything) for r in readers}
         self._kept: list[Shelved] = []
-        self._sizes: list[dict[int, tuple[int, ...]]] = []
+        self._sizes: list[Sizes] = []
 
     @property
     def names(self) -> list[str]:
@@ -79,9 +81,16 @@ class Answers:
         """Whether they were found for every batch."""
         return len(self._kept) == len(self.batches)
 
-    def add(self, found: Mapping[str, np.ndarray]) -> None:
-        """Take in the next batch, as the original gives it."""
-        batch, kept, sizes = len(self._kept), {}, {}
+    def settle(self, found: Mapping[str, np.ndarray]) -> None:
+        """Decide what the views look at, from the tensors of a first batch."""
+        for reader in self.readers:
+            view = self._view(reader)
+            if view is not None:
+                view.settle(found[reader.layer.data], found[reader.layer.output])
+
+    def of(self, batch: int, found: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Sizes]:
+        """What there is to keep of a batch, as the original gives it."""
+        kept, sizes = {}, {}
         for reader in self.readers:
             tensors = {"": found[reader.layer.output]}
             if self._residuals[reader.index]:
@@ -89,13 +98,15 @@ class Answers:
             out = sizes[reader.index] = out_positions(reader.layer, tensors[""].shape)
             positions = self.batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
             view = self._view(reader)
-            if view is not None:
-                view.settle(found[reader.layer.data], tensors[""])
             for which, tensor in tensors.items():
                 kept[f"{reader.index}{which}"] = reader.unfolding.targets(tensor, positions)
                 if view is not None:
                     kept[f"{reader.index}{which}view"] = view.given(batch, reader, tensor)
-        each = sum(array.nbytes for array in kept.values()) / len(self.batches.parts[batch])
+        return kept, sizes
+
+    def add(self, kept: Mapping[str, np.ndarray], sizes: Sizes) -> None:
+        """Keep the next batch."""
+        each = sum(array.nbytes for array in kept.values()) / len(self.batches.parts[len(self._kept)])
         self._kept.append(self.shelf.put(kept, int(each * self.batches.count)))
         self._sizes.append(sizes)
 

@@ -10,6 +10,7 @@ import numpy as np
 from onnxprune.analysis import Analysis
 from onnxprune.data import Calibration
 from onnxprune.readers import Reader
+from onnxprune.statistics import FOLDS
 from onnxprune.unfold import out_positions, sample_positions
 
 TARGET_ROWS = 65536  # rows per reader: positions are drawn so that all samples together give about this many
@@ -23,7 +24,7 @@ class Batches:
     """The calibration records in batches, with a fixed draw of output positions for each.
 
     What is drawn does not depend on the size of the batches: `LARGEST` records in a row share a draw, and no batch goes
-    across two draws.
+    across two draws. Neither does one hold samples of several folds, so that folds can be summed up side by side.
 
     Args:
         data: the records.
@@ -36,7 +37,8 @@ class Batches:
         step = min(size, LARGEST) if data.batchable else 1
         self.data = data
         draws = [range(i, min(i + LARGEST, len(data))) for i in range(0, len(data), LARGEST)]
-        self.parts = [list(draw[i : i + step]) for draw in draws for i in range(0, len(draw), step)]
+        folds = [draw[fold::FOLDS] for draw in draws for fold in range(FOLDS)]
+        self.parts = [list(fold[i : i + step]) for fold in folds for i in range(0, len(fold), step)]
         self.seed = seed
         self.thinned = thinned
         self.count = len(data)
@@ -49,6 +51,22 @@ class Batches:
     def feeds(self, batch: int) -> dict[str, np.ndarray]:
         """The model's inputs for one batch."""
         return self.data.feeds(self.parts[batch]) if self._fed is None else self._fed[batch]
+
+    def of_fold(self, fold: int) -> list[int]:
+        """Batches that hold something of a fold."""
+        return [k for k, part in enumerate(self.parts) if not self.data.batchable or part[0] % FOLDS == fold]
+
+    def rows_of(self, fold: int, batch: int, rows: int) -> np.ndarray | slice:
+        """Which rows of such a batch's tensors are of the fold: all, but a record of several samples parts them."""
+        if self.data.batchable:
+            return slice(None)
+        return np.flatnonzero((self.parts[batch][0] + np.arange(rows)) % FOLDS == fold)
+
+    def numbers(self, batch: int, rows: int) -> np.ndarray:
+        """Of the rows of a batch's tensors, which ones they are of those of all samples."""
+        part = np.asarray(self.parts[batch])
+        each = -(-rows // len(part))
+        return (part[:, None] * each + np.arange(each)).reshape(-1)[:rows]
 
     def loaded(self, which: Sequence[int]) -> Batches:
         """Some of the batches with what is fed, so that they need no data any more."""

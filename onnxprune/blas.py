@@ -6,8 +6,10 @@ ours stands a run of the network, and they take its cores: half of a run's time 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _WIDE = 1024  # columns from which on several threads gain more than they cost
 
@@ -15,7 +17,15 @@ _WIDE = 1024  # columns from which on several threads gain more than they cost
 @contextmanager
 def threads(columns: int, count: int) -> Iterator[None]:
     """Limit BLAS to one thread, or to ``count`` (0: no limit) where matrices have many columns."""
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits((count or None) if columns >= _WIDE else 1, user_api="blas"):
+    with _loaded().limit(limits=(count or None) if columns >= _WIDE else 1, user_api="blas"):
         yield
+
+
+@functools.cache
+def _loaded() -> Any:
+    """The libraries of this process: to look for them takes milliseconds."""
+    import numpy.linalg  # noqa: F401
+    import scipy.linalg  # noqa: F401
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

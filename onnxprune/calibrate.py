@@ -8,18 +8,20 @@ the shortcut's error is paid for in the branch (section 3.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from onnxprune.analysis import Analysis
-from onnxprune.answers import Answer, Answers
+from onnxprune.answers import Answers
 from onnxprune.batches import Batches, sample_bytes
 from onnxprune.blocks import Block
 from onnxprune.graph import Graph
 from onnxprune.joint import Network
 from onnxprune.memory import Room, give_back
+from onnxprune.parallel import MOST, Map, workers
 from onnxprune.precision import NARROW, float32_copy, types
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, check_finite
@@ -61,33 +63,44 @@ def collect(
     Raises:
         InputError: there is something that cannot be summed.
     """
-    segments = Segments(analysis.graph, range(len(analysis.graph.nodes)), runtime, analysis.shapes)
+    at_once, shared = runtime.shared_out(min(MOST, len(batches)))
+    segments = Segments(analysis.graph, range(len(analysis.graph.nodes)), shared, analysis.shapes)
     grams = [[Gram(r.width) for _ in r.weights] for r in readers]
     rows = [0] * len(readers)
     read = {r.layer.data for r in readers} | {r.layer.output for r in readers if not _is_fixed(analysis, r)}
     names = sorted(read.union(answers.names if answers is not None else ()))
-    piece = None
-    for batch, part in enumerate(batches.parts):
-        mine = len(part) if summed is None else sum(record < summed for record in part)
-        count = mine if mine < len(part) else None  # a record of several samples is a batch of its own
-        feeds = batches.feeds(batch)
-        piece = piece or segments.piece(0, len(analysis.graph.nodes), names, feeds)
-        found = piece.run(feeds)
-        del feeds
-        if answers is not None:
-            answers.add(found)
-        for k, reader in enumerate(readers if mine else ()):
-            x = found[reader.layer.data][:count]
-            fixed = _is_fixed(analysis, reader)
-            shape = analysis.shapes.probes[0].shapes[reader.layer.output] if fixed else found[reader.layer.output].shape
-            out = out_positions(reader.layer, shape)
+
+    def add(k: int, found: Mapping[int, Tensors]) -> None:
+        """Sum up what one of the readers reads in some batches."""
+        reader, fixed = readers[k], _is_fixed(analysis, readers[k])
+        for batch, tensors in found.items():
+            part = batches.parts[batch]
+            mine = len(part) if summed is None else sum(record < summed for record in part)
+            if not mine:
+                continue
+            # a record of several samples is a batch of its own
+            x = tensors[reader.layer.data][: mine if mine < len(part) else None]
+            made = analysis.shapes.probes[0].shapes if fixed else {n: a.shape for n, a in tensors.items()}
+            out = out_positions(reader.layer, made[reader.layer.output])
             positions = batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
             for gram, unfolded in zip(grams[k], reader.unfolding.rows(x, positions, out), strict=True):
                 gram.add(unfolded)
             rows[k] += len(x) * len(positions)
-            del x
-        del found  # before the next batch comes
-        progress.advance(len(part))
+
+    piece = None
+    with workers(at_once) as spread:
+        for wave in _waves(len(batches), at_once):
+            feeds = [batches.feeds(batch) for batch in wave]
+            piece = piece or segments.piece(0, len(analysis.graph.nodes), names, feeds[0])
+            found = dict(zip(wave, spread(piece.run, feeds), strict=True))
+            del feeds
+            if answers is not None:
+                answers.settle(found[wave[0]])
+                for kept in spread(answers.of, found.keys(), found.values()):
+                    answers.add(*kept)
+            spread(functools.partial(add, found=found), range(len(readers)))
+            del found  # before the next batches come
+            progress.advance(sum(len(batches.parts[batch]) for batch in wave))
     sums = [
         [Statistics.of_linear(gram.value, weights, rows[k]) for gram, weights in zip(grams[k], r.weights, strict=True)]
         for k, r in enumerate(readers)
@@ -95,6 +108,11 @@ def collect(
     for reader, parts in zip(readers, sums, strict=True):
         check_finite(reader, parts, "the network")
     return sums
+
+
+def _waves(count: int, at_once: int) -> Iterator[range]:
+    """The numbers of all batches, so many at a time."""
+    return (range(k, min(k + at_once, count)) for k in range(0, count, at_once))
 
 
 def _is_fixed(analysis: Analysis, reader: Reader) -> bool:
@@ -105,7 +123,8 @@ def _is_fixed(analysis: Analysis, reader: Reader) -> bool:
 
 FEW = 1000  # samples
 
-Fitter = Callable[[Reader, list[list[Statistics]], Samples | None], Arrays]
+Folds = Sequence[Sequence[Statistics]]  # per group of a reader's convolution, per fold
+Fitter = Callable[[Reader, Folds, Sequence[Samples], Map], Arrays]
 BlockFitter = Callable[[Network, Taking, Arrays], Arrays]
 Recall = Callable[[Reader | Block], Arrays | None]
 
@@ -149,7 +168,8 @@ class Sweep:
         self.batches = answers.batches
         self.arrays = dict(arrays)
         order = late_order(self.graph, {r.layer.node.index for r in readers})
-        self.segments = Segments(self.graph, order, runtime, analysis.shapes)
+        self.at_once, shared = runtime.shared_out(min(MOST, len(self.batches)))
+        self.segments = Segments(self.graph, order, shared, analysis.shapes)
         place = self.segments.place
         self.readers = sorted(readers, key=lambda r: place[r.layer.node.index])
         self.cuts = [place[r.layer.node.index] for r in self.readers]
@@ -166,7 +186,8 @@ class Sweep:
         """Visit every reader and block.
 
         Args:
-            fit: turns a reader's statistics (per group, per fold) into new stored tensors.
+            fit: turns a reader's statistics, and samples of every fold, into new stored tensors; it is given what
+                works on several things at a time.
             fit_block: the same for a block, and what was taken in of what it reads and should give.
             progress: advanced by one per reader.
             recall: what an earlier run fitted to a reader or a block, where it came so far; the network is then
@@ -174,9 +195,9 @@ class Sweep:
         """
         if not self.readers:
             return self.arrays
-        with Shelf(self.room.frontier) as shelf, Shelf(self.room.rows) as rows:
+        with Shelf(self.room.frontier) as shelf, Shelf(self.room.rows) as rows, workers(self.at_once) as spread:
             here, answers = self._frontier(self.cuts[0]), self.answers
-            pruned = self._enter(here, shelf)
+            pruned = self._enter(here, shelf, spread)
             taking = {id(b): Taking(answers.views[b.tensor]) for b in self.blocks}
             done = {id(b): recall(b) for b in self.blocks}
             for k, reader in enumerate(self.readers):
@@ -186,22 +207,16 @@ class Sweep:
                 behind = self._behind(reader, here)
                 blocks = [b for b in self.blocks if reader in b.outer]
                 known = recall(reader)
-                folds = self._empty(reader)
                 # a block's fit, which follows, minds the limiter too, but few samples stop it early
                 alone = self.limiters and (not blocks or len(self.batches.data) < FEW)
-                samples = Samples.of(behind, reader, len(self.batches.data), rows) if alone else None
-                for batch, state in enumerate(pruned):
-                    tensors = shelf.get(state)
-                    if known is None:
-                        self._add(folds, samples, reader, behind, batch, answers.at_positions(reader, batch), tensors)
-                    for block in [b for b in blocks if done[id(b)] is None]:
-                        taking[id(block)].add(batch, reader, behind, answers.in_view(reader, batch), tensors)
                 if known is None:
-                    found = [[sums.statistics for sums in part] for part in folds]
-                    check_finite(reader, (each for part in found for each in part), "the network as pruned so far")
-                    known = fit(reader, found, samples)
-                    del found
-                del folds, samples  # a block's fit needs the room
+                    given = self._folds(reader, behind, shelf, rows if alone else None, pruned, spread)
+                    known = fit(reader, *given, spread)
+                    del given  # a block's fit needs the room
+                for block in [b for b in blocks if done[id(b)] is None]:
+                    taking[id(block)].begin()
+                    take = functools.partial(self._take, taking[id(block)], reader, behind, shelf)
+                    spread(take, range(len(pruned)), pruned)
                 self.arrays |= known
                 for block in [b for b in blocks if self._ends[id(b)] == start]:
                     changed = done[id(block)]
@@ -212,9 +227,9 @@ class Sweep:
                         changed = fit_block(net, taking.pop(id(block)), self.arrays)
                     self.arrays |= changed
                     if changed:
-                        self._again(block, here, pruned, shelf)
+                        self._again(block, here, pruned, shelf, spread)
                 if not last:
-                    self._advance(start, stop, ahead, pruned, shelf)
+                    self._advance(start, stop, ahead, pruned, shelf, spread)
                 here = ahead
                 progress.advance()
             self.used_files = shelf.used_files or rows.used_files or answers.shelf.used_files
@@ -244,12 +259,12 @@ class Sweep:
         read = {n for k in nodes for n in (*self.graph.nodes[k].inputs, *self.graph.nodes[k].captured) if n}
         return nodes, read - made - self.graph.computed_from_constants
 
-    def _again(self, block: Block, here: Sequence[str], states: list[Shelved], shelf: Shelf) -> None:
+    def _again(self, block: Block, here: Sequence[str], states: list[Shelved], shelf: Shelf, spread: Map) -> None:
         """Run the pruned network again from a block's inner layers to its last reader."""
         nodes = self._moving(block)[0]
         made = {name for k in nodes for name in self.graph.nodes[k].outputs}
         names = [name for name in here if name in made]
-        self._run(self.segments.part(nodes, names, shelf.get(states[0]), self.arrays), here, states, shelf)
+        self._run(self.segments.part(nodes, names, shelf.get(states[0]), self.arrays), here, states, shelf, spread)
 
     def _behind(self, reader: Reader, here: Sequence[str]) -> Behind:
         behind, shapes = look_behind(self.graph, reader, set(here)), self.analysis.shapes
@@ -257,60 +272,86 @@ class Sweep:
             return replace(behind, residual="", limits=None)  # a broadcast sum is not followed
         return behind
 
-    def _enter(self, names: Sequence[str], shelf: Shelf) -> list[Shelved]:
+    def _enter(self, names: Sequence[str], shelf: Shelf, spread: Map) -> list[Shelved]:
         """Run the pruned network from its inputs to the first reader."""
         piece, states = None, []
-        for batch in range(len(self.batches)):
-            feeds = self.batches.feeds(batch)
-            piece = piece or self.segments.piece(0, self.cuts[0], names, feeds, self.arrays)
-            states.append(shelf.put(piece.run(feeds), self._bytes(names)))
+        for wave in _waves(len(self.batches), self.at_once):
+            feeds = [self.batches.feeds(batch) for batch in wave]
+            piece = piece or self.segments.piece(0, self.cuts[0], names, feeds[0], self.arrays)
+            states += [shelf.put(found, self._bytes(names)) for found in spread(piece.run, feeds)]
         return states
 
-    def _advance(self, start: int, stop: int, names: Sequence[str], states: list[Shelved], shelf: Shelf) -> None:
+    def _advance(
+        self, start: int, stop: int, names: Sequence[str], states: list[Shelved], shelf: Shelf, spread: Map
+    ) -> None:
         """Run the pruned network on to the next reader."""
         piece = self.segments.piece(start, stop, names, shelf.get(states[0]), self.arrays)
-        self._run(piece, names, states, shelf)
+        self._run(piece, names, states, shelf, spread)
 
-    def _run(self, piece: Piece, names: Sequence[str], states: list[Shelved], shelf: Shelf) -> None:
-        for batch, shelved in enumerate(states):
-            states[batch] = self._kept(shelved, piece.compute(shelf.get(shelved)), names, shelf)
+    def _run(self, piece: Piece, names: Sequence[str], states: list[Shelved], shelf: Shelf, spread: Map) -> None:
+        def run(batch: int) -> None:  # in place: of no batch both frontiers are held for long
+            states[batch] = self._kept(states[batch], piece.compute(shelf.get(states[batch])), names, shelf)
+
+        spread(run, range(len(states)))
 
     def _bytes(self, names: Sequence[str]) -> int:
         """What a frontier takes."""
         return len(self.batches.data) * sample_bytes(self.analysis, names)
 
-    def _empty(self, reader: Reader) -> list[list[Sums]]:
-        group, width, outputs = reader.weights.shape
-        return [[Sums(width, outputs) for _ in range(FOLDS)] for _ in range(group)]
+    def _take(self, taking: Taking, reader: Reader, behind: Behind, shelf: Shelf, batch: int, state: Shelved) -> None:
+        """Take in a batch for the fit of a block."""
+        taking.add(batch, reader, behind, self.answers.in_view(reader, batch), shelf.get(state))
 
-    def _add(
+    def _folds(
         self,
-        folds: list[list[Sums]],
-        samples: Samples | None,
         reader: Reader,
         behind: Behind,
-        batch: int,
-        answer: Answer,
-        pruned: Tensors,
-    ) -> None:
-        """Add a batch: what the pruned network reads here, and what the original gave."""
-        x, target, out = pruned[reader.layer.data], answer.output, answer.out
-        if not len(x) or not target.size:  # no sample came this way: an expert that is not asked, say
-            return
-        positions = self.batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
-        shortcut: np.ndarray | None = None
-        if behind.residual and answer.residual is not None:
-            shortcut = reader.unfolding.targets(pruned[behind.residual], positions)
-            gap = answer.residual - shortcut
-            target = target + behind.before_scale(gap, (len(gap), 1, -1))
-        # samples take turns between the folds; a record of several samples parts them
-        first, each = self.batches.parts[batch][0], target.shape[1] // len(x)
-        fold = (first + np.arange(len(x))) % FOLDS
-        rows = reader.unfolding.rows(x, positions, out)
-        for k in range(FOLDS):
-            mine = np.repeat(fold == k, each)
-            for g, part in enumerate(folds):
-                part[k].add(rows[g, mine], target[g, mine])
-        if samples is not None:
-            numbers = first * each + np.arange(len(x) * each)
-            samples.add(numbers, each, rows[0], target[0], shortcut[0] if shortcut is not None else None)
+        shelf: Shelf,
+        rows: Shelf | None,
+        states: Sequence[Shelved],
+        spread: Map,
+    ) -> tuple[Folds, list[Samples]]:
+        """What a reader is fitted to: sums, and samples where rows have a shelf and a fit asks for them."""
+        count = len(self.batches.data)
+        samples = [None if rows is None else Samples.of(behind, reader, count, rows) for _ in range(FOLDS)]
+        found = spread(functools.partial(self._sum, reader, behind, shelf, states), range(FOLDS), samples)
+        folds = list(zip(*found, strict=True))
+        check_finite(reader, (each for part in folds for each in part), "the network as pruned so far")
+        return folds, [each for each in samples if each is not None]
+
+    def _sum(
+        self,
+        reader: Reader,
+        behind: Behind,
+        shelf: Shelf,
+        states: Sequence[Shelved],
+        fold: int,
+        samples: Samples | None,
+    ) -> list[Statistics]:
+        """Sum up a fold: what the pruned network reads here, and what the original gave; per group of the layer."""
+        batches, (group, width, outputs) = self.batches, reader.weights.shape
+        sums = [Sums(width, outputs) for _ in range(group)]
+        for batch in batches.of_fold(fold):
+            pruned, answer = shelf.get(states[batch]), self.answers.at_positions(reader, batch)
+            x, target = pruned[reader.layer.data], answer.output
+            mine = batches.rows_of(fold, batch, len(x))
+            if not len(x[mine]) or not target.size:  # no sample came this way: an expert that is not asked, say
+                continue
+            positions = batches.positions(reader, batch, int(np.prod(answer.out, dtype=np.int64)))
+            each = target.shape[1] // len(x)
+            shortcut: np.ndarray | None = None
+            if behind.residual and answer.residual is not None:
+                shortcut = reader.unfolding.targets(pruned[behind.residual], positions)
+                gap = answer.residual - shortcut
+                target = target + behind.before_scale(gap, (len(gap), 1, -1))
+            rows = reader.unfolding.rows(x[mine], positions, answer.out)
+            if not isinstance(mine, slice):
+                taken = (mine[:, None] * each + np.arange(each)).reshape(-1)
+                target, shortcut = target[:, taken], None if shortcut is None else shortcut[:, taken]
+            for part, r, t in zip(sums, rows, target, strict=True):
+                part.add(r, t)
+            if samples is not None:
+                numbers = batches.numbers(batch, len(x))[mine]
+                numbers = (numbers[:, None] * each + np.arange(each)).reshape(-1)
+                samples.add(numbers, each, rows[0], target[0], shortcut[0] if shortcut is not None else None)
+        return [part.statistics for part in sums]

@@ -1,26 +1,39 @@
-"""The least-squares problem of a block, solved step by step for as long as samples held out gain by it."""
+"""The weights of a block, brought down by small steps for as long as samples held out gain by it.
+
+A step looks at a part of the samples: what flows at the weights as they are, what is missing behind, and which way the
+weights would bring it (`joint`). It is taken in the metric of the layers' Gram matrices, in which one length suits all
+directions, and with momentum (Polyak 1964, *Some methods of speeding up the convergence of iteration methods*). Steps
+on parts are noisy, and there are many of them for the price of one on all samples; the mean of the weights over half a
+pass, by which samples held out judge, has little of the noise (Polyak and Juditsky 1992, *Acceleration of stochastic
+approximation by averaging*).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from onnxprune.blocks import BlockData
-from onnxprune.joint import CHUNKS, Linear, Network, Part, State, Vector, look, read
+from onnxprune.joint import CHUNKS, Linear, Network, Part, State, Vector, look
 from onnxprune.memory import give_back
 from onnxprune.parallel import Map, workers
-from onnxprune.statistics import squared
 
-ROUNDS = 2  # times that the pattern is looked at, at most
-STEPS = 6  # of conjugate gradients at most, each round; the first one is also tried by half, where it is too far
-_WORTH = 1e-3  # of the error at the start: what a step has to gain for another one to be taken
-_ROWS_PER_COLUMN = 12  # of those that a preconditioner is made of: it need not be exact
+PASSES = 3  # over the samples, at most
+_STEPS = 16  # of a pass: as many parts
+_SOUNDED = 4  # of so many samples one tells the metric and the length of the steps
+_MOMENTUM = 0.8
+_POWER = 6  # rounds of power iteration
+_SAFETY = 1.2  # how much larger the largest eigenvalue may be than those rounds say
+_NOISE = 0.05  # of a part, that steps may take over: times rows for a column it bounds their length
+_WORTH = 1e-2  # of the error at the start: what a pass has to gain for another one to be made
+_ROWS_PER_COLUMN = 64  # of those that the metric is made of, at most: what is seldom active must not be overlooked
 _DAMPING = 1e-3  # of the Gram matrices, relative to the mean of the diagonal
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is no number never counts as better
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what is no number never counts as better
 def fit_block(net: Network, parts: Sequence[Part], data: BlockData, held_out: BlockData) -> Vector | None:
     """Better weights for all layers of a block; None where none were found.
 
@@ -32,167 +45,170 @@ def fit_block(net: Network, parts: Sequence[Part], data: BlockData, held_out: Bl
     """
     scales = [1.0 / max(e, float(np.finfo(np.float32).tiny)) for e in data.energy]
     with workers(net.at_once) as spread:
-        fitted, judging = _Side(net, data, scales, spread), _Side(net, held_out, scales, spread)
-        weights = [p.weights for p in parts]
-        states = fitted.look(weights)
-        loss, judged = _loss(states), _loss(judging.look(weights))
-        first = judged
-        known = spread(lambda chunk, state: read(net, parts, chunk, state), fitted.chunks, states)
-        for _ in range(ROUNDS):
-            if not np.isfinite(loss):
+        loss, weights = _Loss(net, parts, scales, spread), [p.weights for p in parts]
+        judging = _chunks(held_out, np.arange(len(held_out)))
+        first = least = loss.value(weights, judging)
+        give_back()
+        try:
+            metric = _Metric(loss, weights, _chunks(data, np.arange(0, len(data), _SOUNDED)))
+        except np.linalg.LinAlgError:  # activations so large that their squares are no numbers
+            return None
+        steps = min(_STEPS, len(data))
+        columns = max(int(part.free.any(axis=2).sum(axis=1).max()) for part in parts)
+        rows = data.least[0].size / data.least[0].shape[net.block.axis] / steps
+        noise = _NOISE * (1.0 - _MOMENTUM) * rows / max(columns, 1)
+        length = min(1.0 / (_SAFETY * metric.steepest), noise)
+        best = None
+        for _ in range(PASSES):
+            before, weights = least, _pass(loss, metric, weights, data, steps, length)
+            seen = loss.value(weights, judging)
+            if seen < least:
+                best, least = weights, seen
+            if not before - seen > _WORTH * first:
                 break
-            found, least = None, judged
-            try:
-                give_back()
-                problem = _Problem(fitted, parts, weights, states, known)
-                # few steps keep the change small where samples are few: how many is for the other samples to say
-                for number, change in enumerate(_path(problem)):
-                    before, seen = least, _loss(judging.look(_sum(weights, change)))
-                    if not number and not seen < least:
-                        change = [0.5 * c for c in change]
-                        seen = _loss(judging.look(_sum(weights, change)))
-                    if seen < least:
-                        found, least = change, seen
-                    if number and not before - seen > _WORTH * first:
-                        break
-            except np.linalg.LinAlgError:  # activations so large that their squares are no numbers
-                break
-            if found is None:
-                break
-            after = fitted.look(_sum(weights, found))
-            if not _loss(after) < loss:
-                break
-            weights, states, loss, judged = _sum(weights, found), after, _loss(after), least
-    return weights if judged < first else None
+    return best
 
 
-class _Side:
-    """Samples of a block in chunks that are worked on side by side.
+def _chunks(data: BlockData, samples: np.ndarray) -> list[BlockData]:
+    """Some samples in chunks that are worked on side by side."""
+    return [data.take(part) for part in np.array_split(samples, CHUNKS) if len(part)]
+
+
+def _pass(loss: _Loss, metric: _Metric, weights: Vector, data: BlockData, steps: int, length: float) -> Vector:
+    """The mean of the weights over the second half of a pass over the data, in so many steps of that length."""
+    speed, total, count = [np.zeros_like(w) for w in weights], [np.zeros_like(w) for w in weights], 0
+    for step in range(steps):
+        samples = np.arange(step, len(data), steps)
+        ahead = metric.solve(loss.gradient(weights, _chunks(data, samples)))
+        share = length * metric.count / len(samples)
+        speed = [_MOMENTUM * old + share * new for old, new in zip(speed, ahead, strict=True)]
+        weights = _sum(weights, speed)
+        if 2 * step >= steps - 1:
+            total, count = _sum(total, weights), count + 1
+    return [each / count for each in total]
+
+
+class _Loss:
+    """How far a block is from what it should give, as a function of its weights.
 
     Args:
         net: the block.
-        data: what it reads and should give.
+        parts: its layers.
         scales: what the squared error of each outer layer counts.
         spread: works on several chunks at a time.
     """
 
-    def __init__(self, net: Network, data: BlockData, scales: Sequence[float], spread: Map) -> None:
-        self.net, self.scales, self.spread = net, scales, spread
-        step = max(-(-len(data) // CHUNKS), 1)
-        self.chunks = [data.take(slice(k, k + step)) for k in range(0, len(data), step)]
+    def __init__(self, net: Network, parts: Sequence[Part], scales: Sequence[float], spread: Map) -> None:
+        self.net, self.parts, self.scales, self.spread = net, parts, scales, spread
 
-    def look(self, weights: Vector) -> list[State]:
-        """What flows in the block at some weights."""
-        return self.spread(lambda chunk: look(self.net, weights, chunk, self.scales), self.chunks)
+    def look(self, weights: Vector, chunk: BlockData) -> State:
+        """What flows in the block."""
+        return look(self.net, weights, chunk, self.scales)
+
+    def linear(self, chunk: BlockData, state: State) -> Linear:
+        """The block as a linear map around a state."""
+        return Linear(self.net, self.parts, chunk, self.scales, state)
+
+    def value(self, weights: Vector, chunks: Sequence[BlockData]) -> float:
+        """The loss on some samples."""
+        return float(sum(self.spread(lambda chunk: self.look(weights, chunk).loss, chunks)))
+
+    def gradient(self, weights: Vector, chunks: Sequence[BlockData]) -> Vector:
+        """Half of the direction in which it falls."""
+
+        def of(chunk: BlockData) -> Vector:
+            state = self.look(weights, chunk)
+            return self.linear(chunk, state).backward(state.missing)
+
+        return _total(self.spread(of, chunks))
 
 
-def _loss(states: Sequence[State]) -> float:
-    return sum(state.loss for state in states)
-
-
-class _Problem:
-    """The linear map of a block around its states, over all chunks, with a preconditioner.
+class _Metric:
+    """How much a change of every weight matters, layer by layer, and how steep the loss is in that metric.
 
     Args:
-        side: the samples.
-        parts: the block's layers, the inner ones first.
-        weights: where the map is looked at.
-        states: of every chunk there.
-        known: per chunk and inner layer its unfolded input.
+        loss: of the block.
+        weights: where it is looked at.
+        chunks: some of the samples.
+
+    Attributes:
+        count: of these samples.
+        steepest: half of the second derivative in the steepest direction, by power iteration that begins at the
+            gradient; 1 if the layers were alone and their outputs mattered alike.
     """
 
-    def __init__(
-        self,
-        side: _Side,
-        parts: Sequence[Part],
-        weights: Vector,
-        states: Sequence[State],
-        known: Sequence[list[np.ndarray]],
-    ) -> None:
-        self.side, self.parts, self.weights, self.states = side, parts, weights, states
-        net, scales = side.net, side.scales
-        self.inner = len(net.block.inner)
-        self.maps: list[Linear] = side.spread(
-            lambda chunk, state, rows: Linear(net, parts, chunk, scales, state, rows), side.chunks, states, known
-        )
-        self.factors = side.spread(self._factors, range(len(parts)))
+    def __init__(self, loss: _Loss, weights: Vector, chunks: Sequence[BlockData]) -> None:
+        self.parts, self.count, spread = loss.parts, sum(map(len, chunks)), loss.spread
+        states: list[State] = spread(lambda chunk: loss.look(weights, chunk), chunks)
+        maps: list[Linear] = spread(loss.linear, chunks, states)
+        numbers = range(len(self.parts))
+        self._factors = spread(lambda k: _factors(loss, k, weights, states[0], [m.rows[k] for m in maps]), numbers)
+        gradient = _total(spread(lambda linear, state: linear.backward(state.missing), maps, states))
+        for _ in range(_POWER):
+            ahead = self.solve(gradient)
+            ahead = [a / np.sqrt(_dot(gradient, ahead)) for a in ahead]
+            turn = functools.partial(_turned, ahead)
+            gradient = _total(spread(turn, maps))
+        self.steepest = _dot(gradient, self.solve(gradient)) / _dot(gradient, ahead)
 
-    def forward(self, change: Vector) -> list[list[np.ndarray]]:
-        """Per chunk, what the outer layers give more."""
-        return self.side.spread(lambda linear: linear.forward(change), self.maps)
-
-    def backward(self, missing: Sequence[Sequence[np.ndarray]]) -> Vector:
-        """The transpose of `forward`."""
-        parts = self.side.spread(lambda linear, gap: linear.backward(gap), self.maps, missing)
-        return [sum(each[1:], start=each[0]) for each in zip(*parts, strict=True)]
-
-    def precondition(self, gradient: Vector) -> Vector:
-        """The solution if every layer stood alone."""
+    def solve(self, gradient: Vector) -> Vector:
+        """The step that would do if every layer stood alone."""
         result = []
-        for part, factors, g in zip(self.parts, self.factors, gradient, strict=True):
+        for part, factors, g in zip(self.parts, self._factors, gradient, strict=True):
             step = np.zeros_like(g)
             for group, active, factor in factors:
                 step[group, active] = cho_solve(factor, g[group, active], check_finite=False)
             result.append(step * part.free)
         return result
 
-    def _factors(self, k: int) -> list[tuple[int, np.ndarray, tuple[np.ndarray, bool]]]:
-        """Groups of a layer that may change: their number, the columns that may, the factor of their Gram matrix."""
-        weight, chunks = self._weight(k), [linear.rows[k] for linear in self.maps]
-        count, columns = sum(rows.shape[1] for rows in chunks), chunks[0].shape[2]
-        factors = []
-        step = max(count // (_ROWS_PER_COLUMN * columns), 1)
-        for group, free in enumerate(self.parts[k].free):
-            active = np.flatnonzero(free.any(axis=1))
-            if not len(active):  # a group of a grouped convolution that went as a whole
-                continue
-            gram = np.zeros((len(active), len(active)))
-            for rows in chunks:
-                used = rows[group, ::step][:, active]
-                gram += used.T @ used
-            factors.append((group, active, _factor(step * weight * gram)))
-        return factors
 
-    def _weight(self, k: int) -> float:
-        """What a change of a layer's output means for the loss, on average."""
-        scales = self.side.scales
-        if k >= self.inner:
-            return scales[k - self.inner]
-        outer = zip(scales, self.weights[self.inner :], strict=True)
-        total = sum(s * float(np.square(w[:, :-1]).sum()) for s, w in outer)
-        between = self.states[0].between
-        share = between.read.size / between.joined.size  # of what is made that a pool takes
-        return share * total / between.read.shape[self.side.net.block.axis] or 1.0
+def _turned(change: Vector, linear: Linear) -> Vector:
+    """What half of the second derivative makes of a change."""
+    return linear.backward(linear.forward(change))
 
 
-def _path(problem: _Problem) -> Iterator[Vector]:
-    """The change after every step of preconditioned conjugate gradients."""
-    change = [np.zeros_like(p.weights) for p in problem.parts]
-    missing = [state.missing for state in problem.states]
-    gradient = problem.backward(missing)
-    step = direction = problem.precondition(gradient)
-    power = _dot(gradient, step)
-    for left in reversed(range(STEPS)):
-        moved = problem.forward(direction)
-        bend = sum(s * squared(m) for chunk in moved for s, m in zip(problem.side.scales, chunk, strict=True))
-        if not power > 0.0 or not bend > 0.0:
-            break
-        length = power / bend
-        change = [c + length * d for c, d in zip(change, direction, strict=True)]
-        yield change
-        if not left:
-            break
-        missing = [
-            [r - r.dtype.type(length) * m for r, m in zip(gaps, chunk, strict=True)]
-            for gaps, chunk in zip(missing, moved, strict=True)
-        ]
-        gradient = problem.backward(missing)
-        step = problem.precondition(gradient)
-        before, power = power, _dot(gradient, step)
-        direction = [z + power / before * d for z, d in zip(step, direction, strict=True)]
+Factor = tuple[np.ndarray, bool]
 
 
-def _factor(gram: np.ndarray) -> tuple[np.ndarray, bool]:
+def _factors(
+    loss: _Loss, k: int, weights: Vector, state: State, chunks: Sequence[np.ndarray]
+) -> list[tuple[int, np.ndarray, Factor]]:
+    """Groups of a layer that may change: their number, the columns that may, the factor of their Gram matrix.
+
+    Args:
+        loss: of the block.
+        k: number of the layer.
+        weights: of all layers.
+        state: at these, of some of the samples.
+        chunks: what the layer reads, unfolded.
+    """
+    count, columns = sum(rows.shape[1] for rows in chunks), chunks[0].shape[2]
+    step, factors = max(count // (_ROWS_PER_COLUMN * columns), 1), []
+    for group, free in enumerate(loss.parts[k].free):
+        active = np.flatnonzero(free.any(axis=1))
+        if not len(active):  # a group of a grouped convolution that went as a whole
+            continue
+        gram = np.zeros((len(active), len(active)))
+        for rows in chunks:
+            used = rows[group, ::step][:, active]
+            gram += used.T @ used
+        factors.append((group, active, _factor(step * _worth(loss, k, weights, state) * gram)))
+    return factors
+
+
+def _worth(loss: _Loss, k: int, weights: Vector, state: State) -> float:
+    """What a change of a layer's output means for the loss, on average."""
+    block, inner = loss.net.block, len(loss.net.block.inner)
+    if k >= inner:
+        return loss.scales[k - inner]
+    outer = zip(loss.scales, weights[inner:], strict=True)
+    total = sum(s * float(np.square(w[:, :-1]).sum()) for s, w in outer)
+    between = state.between
+    share = between.read.size / between.joined.size  # of what is made that a pool takes
+    return share * total / between.read.shape[block.axis] or 1.0
+
+
+def _factor(gram: np.ndarray) -> Factor:
     """The Cholesky factor of a Gram matrix and some damping: more where columns of very different sizes need it.
 
     Raises:
@@ -204,12 +220,16 @@ def _factor(gram: np.ndarray) -> tuple[np.ndarray, bool]:
         damped = gram.copy()
         damped[np.diag_indices_from(gram)] += damping * mean + np.finfo(np.float32).tiny
         try:
-            factor: tuple[np.ndarray, bool] = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
+            factor: Factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
             return factor
         except np.linalg.LinAlgError:
             damping *= 10.0
             if damping > 1.0:
                 raise
+
+
+def _total(parts: Sequence[Vector]) -> Vector:
+    return functools.reduce(_sum, parts)
 
 
 def _sum(a: Vector, b: Vector) -> Vector:

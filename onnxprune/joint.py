@@ -6,10 +6,9 @@ what the outer layers give is linear in a change of the inner weights, and linea
 
     change of the output = W_out * (slope . (X * dW_in))  +  Z * dW_out
 
-so that both changes come out of one linear least-squares problem, which conjugate gradients solve from products with
-the layers and their transposes, preconditioned by the Gram matrices of the layers' inputs. Then the pattern is looked
-at again (`descent`). This is Gauss and Newton's method on two layers; the network behind them plays no part, and no
-label either.
+so that the way to less error follows from products with the transposes of the layers, and how far to go on it from
+products with the layers, in the metric of the Gram matrices of the layers' inputs. Then the pattern is looked at again
+(`descent`). The network behind the two layers plays no part, and no label either.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from onnxprune.segments import Piece, Segments
 from onnxprune.statistics import squared
 from onnxprune.unfold import Unfolding, from_matrices, out_positions
 
-CHUNKS = 4  # that a block's samples are worked on in
+CHUNKS = 2  # that samples are worked on in, side by side
 
 Arrays = dict[str, np.ndarray]
 Vector = list[np.ndarray]  # one stack of matrices per layer, the inner ones first
@@ -101,17 +100,14 @@ class Network:
         inner = [found[i.layer.output] for i in self.block.inner]
         outer = []
         for reader, matrices in zip(self.block.outer, weights[len(inner) :], strict=True):
-            y = found[reader.layer.output]
-            outer.append(y + _beside(reader.layer, matrices, y))
+            outer.append(_with_bias(reader.layer, matrices, found[reader.layer.output]))
         return inner, Between(found[self.block.joined], found[self.block.tensor]), outer
 
     def linear(self, layer: Layer, x: np.ndarray, matrices: np.ndarray) -> np.ndarray:
         """The layer with other weights, on an input of its own; the bias in the last row counts."""
         piece = self._part([layer.node.index], [layer.output], {layer.data: x})
         tensors = self.stored(layer, matrices)
-        y = piece.run({layer.data: x}, tensors)[layer.output]
-        found: np.ndarray = y + _beside(layer, matrices, y)
-        return found
+        return _with_bias(layer, matrices, piece.run({layer.data: x}, tensors)[layer.output])
 
     def slope(self, k: int, before: np.ndarray, data: BlockData, weights: Vector) -> np.ndarray:
         """How the elementwise operators behind an inner layer change with their input, by a central difference."""
@@ -182,10 +178,11 @@ def current(graph: Graph, layer: Layer, arrays: Mapping[str, np.ndarray]) -> np.
     return matrices_of(layer, np.asarray(arrays.get(layer.weight, graph.array(layer.weight))), bias)
 
 
-def _beside(layer: Layer, matrices: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """What a matrix product without a bias of its own leaves to the Add behind it."""
-    row = matrices[:, -1].reshape(-1).astype(like.dtype)
-    return row if layer.node.op == "MatMul" else np.zeros(1, like.dtype)
+def _with_bias(layer: Layer, matrices: np.ndarray, output: np.ndarray) -> np.ndarray:
+    """A layer's output, with what a matrix product without a bias of its own leaves to the Add behind it."""
+    if layer.node.op == "MatMul":
+        output += matrices[:, -1].reshape(-1).astype(output.dtype)
+    return output
 
 
 def adjoint(
@@ -245,11 +242,13 @@ def look(net: Network, weights: Vector, data: BlockData, scales: Sequence[float]
     before, between, outputs = net.run(data, weights)
     missing, live, loss = [], [], 0.0
     for y, least, most, valid, scale in zip(outputs, data.least, data.most, data.valid, scales, strict=True):
-        gap = (np.clip(y, least, most) - y) * valid
+        gap = np.clip(y, least, most)
+        gap -= y
+        gap *= valid
         loss += scale * squared(gap)
         missing.append(gap)
         # a small change matters unless the limiter behind hides it
-        live.append((valid & ((least == most) | (y < least) | (y > most))).astype(y.dtype))
+        live.append((gap != 0.0) | (valid & (least == most)))
     return State(weights, before, between, missing, live, loss)
 
 
@@ -262,7 +261,6 @@ class Linear:
         data: what it reads and should give.
         scales: what the squared error of each outer layer counts.
         state: where the map is looked at.
-        read: per inner layer its unfolded input (`read`): the same at every state.
     """
 
     def __init__(
@@ -272,7 +270,6 @@ class Linear:
         data: BlockData,
         scales: Sequence[float],
         state: State,
-        read: Sequence[np.ndarray],
     ) -> None:
         self.net, self.parts, self.data, self.scales, self.state = net, parts, data, scales, state
         self.inner = len(net.block.inner)
@@ -280,16 +277,16 @@ class Linear:
         self.slopes = [net.slope(k, y, data, state.weights) for k, y in enumerate(state.before)]
         shapes = [y.shape for y in (*state.before, *data.least)]
         self.positions = [out_positions(p.layer, s) for p, s in zip(parts, shapes, strict=True)]
-        outer = zip(parts[self.inner :], data.least, strict=True)
-        self.rows = [*read, *(_unfolded(part, state.between.read, y.shape) for part, y in outer)]
+        inputs = [data.held[i.layer.data] for i in net.block.inner] + [state.between.read] * len(data.least)
+        self.rows = [_unfolded(*each) for each in zip(parts, inputs, shapes, strict=True)]
 
     def forward(self, change: Vector) -> list[np.ndarray]:
         """(outer outputs) What the outer layers give more, where it matters."""
         net, state = self.net, self.state
-        moved = np.zeros_like(state.between.joined)
+        moved = np.zeros_like(state.between.joined)  # but for the layers, nothing changes
         for k, inner in enumerate(net.block.inner):
-            step = net.linear(inner.layer, self.data.held[inner.layer.data], change[k]) * self.slopes[k]
-            moved[self._slots(k)] = step
+            step = net.linear(inner.layer, self.data.held[inner.layer.data], change[k])
+            np.multiply(step, self.slopes[k], out=moved[self._slots(k)])
         if self.taken is not None:
             moved = moved.reshape(-1)[self.taken]
         found = []
@@ -297,8 +294,9 @@ class Linear:
             weights = state.weights[self.inner + j].copy()
             weights[:, -1] = 0.0
             y = net.linear(reader.layer, moved, weights)
-            y = y + net.linear(reader.layer, state.between.read, change[self.inner + j])
-            found.append(y * state.live[j])
+            y += net.linear(reader.layer, state.between.read, change[self.inner + j])
+            y *= state.live[j]
+            found.append(y)
         return found
 
     def backward(self, missing: Sequence[np.ndarray]) -> Vector:
@@ -307,7 +305,8 @@ class Linear:
         back = np.zeros_like(state.between.read)
         outer = []
         for j, r in enumerate(missing):
-            scaled = (r * state.live[j] * self.scales[j]).astype(r.dtype)
+            scaled = r * r.dtype.type(self.scales[j])
+            scaled *= state.live[j]
             back += net.back(j, scaled, state.weights[self.inner + j], state.between.read)
             outer.append(self._cross(self.inner + j, scaled))
         if self.taken is not None:
@@ -326,12 +325,6 @@ class Linear:
         targets = part.unfolding.targets(output, np.arange(int(np.prod(out, dtype=np.int64))))
         found: np.ndarray = np.matmul(self.rows[k].transpose(0, 2, 1), targets).astype(np.float64) * part.free
         return found
-
-
-def read(net: Network, parts: Sequence[Part], data: BlockData, state: State) -> list[np.ndarray]:
-    """What the inner layers read, unfolded."""
-    inner = zip(net.block.inner, parts, state.before, strict=False)
-    return [_unfolded(part, data.held[i.layer.data], y.shape) for i, part, y in inner]
 
 
 def _unfolded(part: Part, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -12,19 +12,20 @@ import numpy as np
 from onnxprune import blas
 
 T = TypeVar("T")
+MOST = 4  # things that are worked on at a time: each takes memory of its own
 Map = Callable[..., list[Any]]  # like the built-in one, as a list
 
 
 @contextmanager
 def workers(count: int) -> Iterator[Map]:
-    """A map that works on as many things at a time; each of them has one thread of BLAS.
+    """A map that works on as many things at a time; meanwhile each of them has one thread of BLAS.
 
     What comes out does not depend on the count, but for rounding.
     """
     if count <= 1:
         yield lambda function, *items: list(map(function, *items))
         return
-    with ThreadPoolExecutor(count) as pool, blas.threads(0, 1):
+    with ThreadPoolExecutor(count) as pool:
 
         def spread(function: Callable[..., T], *items: Any) -> list[T]:
             known = np.geterr()  # another thread begins with NumPy's own
@@ -33,6 +34,7 @@ def workers(count: int) -> Iterator[Map]:
                 with np.errstate(**known):
                     return function(*arguments)
 
-            return list(pool.map(run, *items))
+            with blas.threads(0, 1):
+                return list(pool.map(run, *items))
 
         yield spread

@@ -15,7 +15,7 @@ from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.answers import Answers
 from onnxprune.batches import LARGEST, Batches, batch_size, enough, rows_bytes, sample_bytes
 from onnxprune.blocks import find_blocks
-from onnxprune.calibrate import FEW, Arrays, Sweep, collect
+from onnxprune.calibrate import FEW, Arrays, Folds, Sweep, collect
 from onnxprune.cluster import collect_on
 from onnxprune.compact import compact
 from onnxprune.costs import Several
@@ -27,6 +27,7 @@ from onnxprune.joint import Network, Part, current, stored_tensors
 from onnxprune.journal import Journal
 from onnxprune.layers import Layer
 from onnxprune.memory import Room, frugal, text
+from onnxprune.parallel import MOST, Map
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers, matrices_of
@@ -226,8 +227,9 @@ class Chooser:
         sizes = {name: sample_bytes(self.analysis, [name]) + unfolded.get(name, 0) for name in held}
         largest = max(sizes, key=lambda name: sizes[name], default="")
         self.room.check(largest, sizes.get(largest, 0))
-        # what the runtime holds, what it hands over, and what is made of one tensor after the other
+        # what the runtime holds, what it hands over, and what is made of one tensor after the other; side by side
         size = 2 * sample_bytes(self.analysis, held) + max(unfolded.values(), default=0)
+        size *= self.runtime.shared_out(MOST)[0]
         return Batches(data, self._at_once(size), self.seed, self.effort.thinned)
 
     @property
@@ -263,7 +265,7 @@ class Chooser:
         runner = Sweep(self.analysis, cut, answers, self.runtime, arrays, self.room, self.effort.together)
         steps = Steps(self, counts, pending)
 
-        def fit_reader(reader: Reader, folds: list[list[Statistics]], samples: Samples | None) -> Arrays:
+        def fit_reader(reader: Reader, folds: Folds, samples: Sequence[Samples], spread: Map) -> Arrays:
             together = [a + b for a, b in folds]
             for group in [g for g in reader.columns if g in pending]:
                 info = self.analysis.groups[group]
@@ -273,9 +275,11 @@ class Chooser:
                 self.kept[group] = ranking.kept(int(counts[group]))
             left = self._left(reader)
             fits = [fit(part, left, weights) for part, weights in zip(folds, reader.weights, strict=True)]
-            if samples is not None:
-                samples.narrow(left)
-                fits = [refine(fits[0], samples, samples.energy, left, reader.weights[0])]
+            if samples:
+                for side in samples:
+                    side.narrow(left)
+                energy = sum(side.energy for side in samples)
+                fits = [refine(fits[0], samples, energy, left, reader.weights[0], spread)]
             return self._fitted(reader, fits, silent)
 
         if not answers.are_known:  # after a run that was stopped, on a cluster, or with more samples than are fitted to

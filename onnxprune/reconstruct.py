@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
+from onnxprune.parallel import Map
 from onnxprune.statistics import Gram, Statistics
 
 _REFINEMENTS = 8
@@ -130,7 +131,9 @@ class Saturation:
 Chunk = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def refine(start: Fit, parts: Iterable[Chunk], energy: float, kept: np.ndarray, prior: np.ndarray) -> Fit:
+def refine(
+    start: Fit, sides: Sequence[Iterable[Chunk]], energy: float, kept: np.ndarray, prior: np.ndarray, spread: Map
+) -> Fit:
     """Fit what comes out of the limiter behind the layer, rather than what goes in.
 
     Where the original is cut off, any output beyond the limit is as good. The squared error over such one-sided targets
@@ -140,16 +143,15 @@ def refine(start: Fit, parts: Iterable[Chunk], energy: float, kept: np.ndarray, 
 
     Args:
         start: the linear fit.
-        parts: what is gone through at every step, a part of the rows at a time: (rows, kept) unfolded input, (rows, o)
-            the least and (rows, o) the largest output that is as good as the original's.
+        sides: what is gone through at every step, side by side, a part of the rows at a time: (rows, kept) unfolded
+            input, (rows, o) the least and (rows, o) the largest output that is as good as the original's.
         energy: of the original's output on these rows.
         kept: indices of the kept columns.
         prior: (p, o) the weights to shrink towards, as in `fit`.
+        spread: works on the sides.
     """
-    sums = Gram(len(kept))
-    for rows, _, _ in parts:
-        sums.add(rows)
-    gram, energy = sums.value, max(energy, np.finfo(float).tiny)
+    gram: np.ndarray = functools.reduce(operator.add, spread(functools.partial(_gram, len(kept)), sides))
+    energy = max(energy, np.finfo(float).tiny)
     bias = kept == len(prior) - 1
     ridge = np.full(len(kept), max(start.ridge, RIDGES[0]) * max(float(np.diag(gram).mean()), np.finfo(float).tiny))
     ridge[bias] = 1e-9 * np.diag(gram)[bias]
@@ -160,20 +162,36 @@ def refine(start: Fit, parts: Iterable[Chunk], energy: float, kept: np.ndarray, 
         return start
     weights, losses = start.weights[kept], []
     for step in range(_REFINEMENTS + 1):
-        loss, right = 0.0, ridge[:, None] * prior[kept]
-        for rows, least, most in parts:
-            goal = rows @ weights.astype(rows.dtype)
-            now = goal.copy()
-            np.clip(now, least, most, out=goal)
-            now -= goal
-            loss += float(np.einsum("ro,ro->", now, now, dtype=np.float64))
-            if step < _REFINEMENTS:
-                right += rows.T @ goal
-        losses.append(loss)
-        if step < _REFINEMENTS:
+        last = step == _REFINEMENTS
+        found = spread(functools.partial(_nearest, weights, last), sides)
+        losses.append(sum(loss for loss, _ in found))
+        if not last:
+            right = ridge[:, None] * prior[kept] + sum(product for _, product in found)
             weights = weights + _RELAXATION * (cho_solve(factor, right) - weights)
     if not losses[-1] < losses[0]:
         return Fit(start.weights, start.ridge, losses[0] / energy)
     full = np.zeros_like(start.weights)
     full[kept] = weights
     return Fit(full, start.ridge, losses[-1] / energy)
+
+
+def _gram(columns: int, side: Iterable[Chunk]) -> np.ndarray:
+    """``X'X`` of all rows."""
+    sums = Gram(columns)
+    for rows, _, _ in side:
+        sums.add(rows)
+    return sums.value
+
+
+def _nearest(weights: np.ndarray, last: bool, side: Iterable[Chunk]) -> tuple[float, np.ndarray]:
+    """How far the outputs are from the nearest good ones, squared; and those times the input, unless it is the last."""
+    loss, right = 0.0, np.zeros_like(weights)
+    for rows, least, most in side:
+        goal = rows @ weights.astype(rows.dtype)
+        now = goal.copy()
+        np.clip(now, least, most, out=goal)
+        now -= goal
+        loss += float(np.einsum("ro,ro->", now, now, dtype=np.float64))
+        if not last:
+            right += rows.T @ goal
+    return loss, right

@@ -8,6 +8,7 @@ precision and summed in float64.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,9 +55,14 @@ class Statistics:
 
 
 def squared(values: np.ndarray) -> float:
-    """The sum of the squares in float64, without a copy of them all in that."""
-    flat, step = values.reshape(-1), 1 << 20
-    return sum(float(np.square(flat[k : k + step], dtype=np.float64).sum()) for k in range(0, flat.size, step))
+    """The sum of the squares: of a few thousand at a time in the values' own precision, then in float64."""
+    flat, step = np.ravel(values, "K"), 1 << 12
+    parts = [flat[k : k + step] for k in range(0, flat.size, step)]
+    if values.dtype == np.float32:
+        found = math.fsum(float(np.dot(part, part)) for part in parts)
+        if np.isfinite(found):  # else squares were too large for it
+            return found
+    return sum(float(np.square(part, dtype=np.float64).sum()) for part in parts)
 
 
 class Together:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnxprune.blocks import Block
-from onnxprune.calibrate import Arrays, BlockFitter, Fitter
+from onnxprune.calibrate import Arrays, BlockFitter, Fitter, Folds
 from onnxprune.joint import Network
+from onnxprune.parallel import Map
 from onnxprune.readers import Reader
-from onnxprune.statistics import Statistics
 from onnxprune.surroundings import Samples
 from onnxprune.taking import Taking
 
@@ -41,9 +41,9 @@ class Steps:
     def reader(self, fit: Fitter) -> Fitter:
         """A fit that is noted down, with all that it changes in the chooser."""
 
-        def noted(reader: Reader, folds: list[list[Statistics]], samples: Samples | None) -> Arrays:
+        def noted(reader: Reader, folds: Folds, samples: Sequence[Samples], spread: Map) -> Arrays:
             chooser, before = self.chooser, len(self.chooser.notes)
-            found = fit(reader, folds, samples)
+            found = fit(reader, folds, samples, spread)
             chosen = [g for g in reader.columns if g in self.pending]
             about = {
                 "kept": {g: chooser.kept[g].tolist() for g in chosen},

@@ -109,12 +109,12 @@ def _limits(node: Node, graph: Graph) -> tuple[float, float] | None:
 
 @dataclass(eq=False)
 class Samples:
-    """Rows kept as they are, for a fit that needs more than sums: as many as fit into a limit of memory.
+    """Rows of a fold kept as they are, for a fit that needs more than sums: as many as fit into a limit of memory.
 
     Attributes:
         saturation: the limiter behind the reader.
         shift: what is added in front of it.
-        count: samples that will come.
+        count: samples that will come, in all folds.
         width: bytes of a row with all that belongs to it.
         shelf: where the rows are kept.
         waiting: rows that are not yet enough for a part.

@@ -25,24 +25,25 @@ class Taking:
 
     def __init__(self, view: View) -> None:
         self.view, self.block = view, view.block
-        self.held: dict[str, list[np.ndarray]] = {name: [] for name in view.block.held}
-        self.wanted: list[list[np.ndarray]] = []
-        self.least: list[list[np.ndarray]] = []  # where a limiter behind cuts off
-        self.most: list[list[np.ndarray]] = []
-        self.valid: list[list[np.ndarray]] = []
+        # all by the number of the batch
+        self.held: dict[str, dict[int, np.ndarray]] = {name: {} for name in view.block.held}
+        self.wanted: list[dict[int, np.ndarray]] = []
+        self.least: list[dict[int, np.ndarray]] = []  # where a limiter behind cuts off
+        self.most: list[dict[int, np.ndarray]] = []
+        self.valid: list[dict[int, np.ndarray]] = []
+
+    def begin(self) -> None:
+        """The next one of the block's readers comes."""
+        for parts in (self.wanted, self.least, self.most, self.valid):
+            parts.append({})
 
     def add(self, batch: int, reader: Reader, behind: Behind, answer: Answer, pruned: Tensors) -> None:
-        """One batch at one of the block's readers: what the original gives in the view, and all of the pruned one."""
-        if batch == 0:
-            self.wanted.append([])
-            self.least.append([])
-            self.most.append([])
-            self.valid.append([])
+        """One batch at this reader: what the original gives in the view, and all of the pruned one."""
         if not len(self.view.samples(batch, len(pruned[self.block.tensor]))):
             return
         if len(self.wanted) == 1:
             for name, arrays in self.held.items():
-                arrays.append(self.view.read(batch, name, pruned[name]))
+                arrays[batch] = self.view.read(batch, name, pruned[name])
         wanted = answer.output
         shape = tuple(-1 if k == self.block.axis else 1 for k in range(wanted.ndim))
         offset = behind.shift.reshape(shape).astype(wanted.dtype)
@@ -50,14 +51,14 @@ class Taking:
             there = self.view.given(batch, reader, pruned[behind.residual])
             wanted = wanted + behind.before_scale(answer.residual - there, shape)
             offset = offset + there
-        self.wanted[-1].append(wanted)
+        self.wanted[-1][batch] = wanted
         if behind.saturation is not None:
             last = [np.moveaxis(a, self.block.axis, -1) for a in (wanted, np.broadcast_to(offset, wanted.shape))]
             least, most = (np.moveaxis(a, -1, self.block.axis) for a in behind.saturation.interval(last[0], last[1]))
-            self.least[-1].append(least)
-            self.most[-1].append(most)
-        held = {name: arrays[len(self.wanted[-1]) - 1] for name, arrays in self.held.items()}
-        self.valid[-1].append(self.view.valid(batch, reader, wanted, held))
+            self.least[-1][batch] = least
+            self.most[-1][batch] = most
+        held = {name: arrays[batch] for name, arrays in self.held.items()}
+        self.valid[-1][batch] = self.view.valid(batch, reader, wanted, held)
 
     def data(self) -> BlockData:
         """All of it, for the taking: nothing is kept twice."""
@@ -72,8 +73,8 @@ class Taking:
         return BlockData(held, tuple(least), tuple(most), tuple(valid), tuple(energy))
 
 
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    """The arrays as one; the list is empty then."""
-    whole = np.concatenate(arrays)
+def _joined(arrays: dict[int, np.ndarray]) -> np.ndarray:
+    """The arrays as one, in order; nothing is left of the parts."""
+    whole = np.concatenate([arrays[batch] for batch in sorted(arrays)])
     arrays.clear()
     return whole

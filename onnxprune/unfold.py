@@ -6,6 +6,7 @@ convolution is one such product per group.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -99,16 +100,14 @@ class Unfolding:
             rows[0, :, :-1] = picked
             return rows
         channels, spatial = x.shape[1], x.shape[2:]
-        index = self._sources(positions, spatial, out)
-        # only what some tap reads; channels first, so that every tap is one gather with long runs
-        used = np.flatnonzero(np.bincount(index.ravel(), minlength=int(np.prod(spatial)) + 1)[:-1])
-        place = np.full(int(np.prod(spatial)) + 1, len(used))
-        place[used] = np.arange(len(used))
-        index = place[index]
-        flat = np.zeros((channels, n, len(used) + 1), x.dtype)  # a last position holds the padding's zero
+        used, index = _read(self, positions.tobytes(), tuple(spatial), tuple(out))
+        # channels first, so that every tap is one gather with long runs
+        flat = np.empty((channels, n, len(used) + 1), x.dtype)
         flat[:, :, :-1] = _picked(x.reshape(n, channels, -1), used).transpose(1, 0, 2)
+        flat[:, :, -1] = 0.0  # a last position holds the padding's zero
         inside = channels // self.group
-        columns = np.ones((self.group, inside * self.taps + 1, n * len(positions)), dtype)
+        columns = np.empty((self.group, inside * self.taps + 1, n * len(positions)), dtype)
+        columns[:, -1] = 1.0
         by_tap = columns[:, :-1].reshape(self.group, inside, self.taps, n, len(positions))
         for tap in range(self.taps):
             taken = np.take(flat, index[:, tap], axis=2)
@@ -123,12 +122,27 @@ class Unfolding:
             picked = _inner(y)[:, positions]
             return picked.reshape(1, n * len(positions), y.shape[-1]).astype(dtype, copy=False)
         picked = _picked(y.reshape(n, self.group, y.shape[1] // self.group, -1), positions)
-        return picked.transpose(1, 0, 3, 2).reshape(self.group, n * len(positions), -1).astype(dtype, copy=False)
+        # outputs first, as they come: that is one copy of long runs
+        by_output = picked.transpose(1, 2, 0, 3).reshape(self.group, picked.shape[2], n * len(positions))
+        return by_output.transpose(0, 2, 1).astype(dtype, copy=False)
 
     def columns(self, slots: np.ndarray) -> np.ndarray:
         """Columns of some slots of the contracted weight axis: (..., s) -> (..., s * taps)."""
         wide = slots[..., None] * self.taps + np.arange(self.taps)
         return wide.reshape(*slots.shape[:-1], -1)
+
+
+@functools.lru_cache(256)  # of a draw and of a window several batches are looked at
+def _read(
+    unfolding: Unfolding, positions: bytes, spatial: tuple[int, ...], out: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Flat input positions that some tap reads at these output positions; of those, which one each (position, tap)."""
+    index = unfolding._sources(np.frombuffer(positions, np.int64), spatial, out)
+    size = math.prod(spatial)
+    used = np.flatnonzero(np.bincount(index.ravel(), minlength=size + 1)[:-1])
+    place = np.full(size + 1, len(used))
+    place[used] = np.arange(len(used))
+    return used, place[index]
 
 
 def _picked(x: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -304,7 +304,7 @@ def test_positions_are_drawn_where_there_are_many(monkeypatch: pytest.MonkeyPatc
     reader = case.readers[0]
     monkeypatch.setattr("onnxprune.batches.LARGEST", 14)
     parts = Batches(case.data, 7, 0)
-    assert [len(p) for p in parts.parts] == [7, 7, 7, 3]
+    assert [len(p) for p in parts.parts] == [7, 7, 5, 5]
     draws = [parts.positions(reader, k, 36).tolist() for k in range(4)]
     assert draws[0] == draws[1] != draws[2] == draws[3]  # the size of the batches does not matter to them
     assert draws[0] != Batches(case.data, 7, 1).positions(reader, 0, 36).tolist()
@@ -320,15 +320,15 @@ def test_wide_readers_get_rows_for_their_columns(monkeypatch: pytest.MonkeyPatch
 
 def test_batches_hold_every_record_once() -> None:
     parts = case_of("chain").batches.parts
-    assert [len(p) for p in parts] == [7, 7, 7, 3]
-    assert [record for part in parts for record in part] == list(range(SAMPLES))
+    assert [len(p) for p in parts] == [7, 5, 7, 5]
+    assert sorted(record for part in parts for record in part) == list(range(SAMPLES))
 
 
 def test_records_that_cannot_be_batched_come_one_by_one() -> None:
     g = Builder()
     model = g.model(g.conv(g.input("x", [2, 3, 4, 4]), 2))
     data = load_calibration([np.zeros((2, 3, 4, 4), np.float32)] * 3, analysed(model)[0].graph.inputs)
-    assert Batches(data, 8, 0).parts == [[0], [1], [2]]
+    assert sorted(Batches(data, 8, 0).parts) == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize(("room", "expected"), [(10_000, 10), (500, 1), (1 << 40, 64)])
@@ -344,12 +344,13 @@ def test_the_bytes_of_a_sample_are_those_of_its_tensors() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5, 24, 64, 1000])
-def test_no_batch_goes_across_two_draws(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_batch_goes_across_two_draws_or_folds(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxprune.batches.LARGEST", 10)
     found = Batches(case_of("chain").data, size, 0)
-    assert [record for part in found.parts for record in part] == list(range(SAMPLES))
+    assert sorted(record for part in found.parts for record in part) == list(range(SAMPLES))
     for k, part in enumerate(found.parts):
         assert {record // 10 for record in part} == {found.draw(k)} and len(part) <= size
+        assert len({record % 2 for record in part}) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ sweep
@@ -395,7 +396,7 @@ def test_the_sums_are_those_of_both_networks_run_as_a_whole(
     for reader, folds, now in visits:
         for parts, batches in zip(folds, case.explicit(reader, now), strict=True):
             for k, part in enumerate(parts):  # samples go to the folds in turn
-                turns = [(np.arange(len(p)) + b) % 2 == k for b, p in enumerate(case.batches.parts)]
+                turns = [np.array(p) % 2 == k for p in case.batches.parts]
                 mine = [np.repeat(turn, len(b[0]) // len(turn)) for turn, b in zip(turns, batches, strict=True)]
                 x, y = (np.concatenate([b[j][m] for b, m in zip(batches, mine, strict=True)]) for j in (0, 1))
                 assert part.rows == len(x)

@@ -11,7 +11,7 @@ from test_joint import CASES, Case, grouped, plain
 
 from onnxprune.compact import Compact, _used, compact
 from onnxprune.descent import fit_block
-from onnxprune.joint import Linear, Part, look, read
+from onnxprune.joint import Linear, Part, look
 
 
 def silenced(case: Case, every: int = 3) -> list[Part]:
@@ -45,8 +45,8 @@ def mapped(small: Compact, case: Case, parts: list[Part]) -> tuple[Linear, Linea
     cut = look(small.net, [p.weights for p in small.parts], cut_data, scales)
     assert cut.loss == pytest.approx(whole.loss, rel=1e-5)
     return (
-        Linear(case.net, parts, case.data, scales, whole, read(case.net, parts, case.data, whole)),
-        Linear(small.net, small.parts, cut_data, scales, cut, read(small.net, small.parts, cut_data, cut)),
+        Linear(case.net, parts, case.data, scales, whole),
+        Linear(small.net, small.parts, cut_data, scales, cut),
     )
 
 
