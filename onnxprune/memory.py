@@ -23,7 +23,7 @@ with contextlib.suppress(ImportError):  # there may be no wheel for it
 
 MIB = 1 << 20
 # more than this is of no use to a part
-_BATCH, _FRONTIER, _ANSWERS, _ROWS, _BLOCK = 128 * MIB, 512 * MIB, 384 * MIB, 256 * MIB, 384 * MIB
+_BATCH, _FRONTIER, _ANSWERS, _ROWS, _BLOCK = 256 * MIB, 512 * MIB, 640 * MIB, 256 * MIB, 384 * MIB
 _LEAST = 64 * MIB  # to be left for the parts
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 _CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
@@ -109,9 +109,11 @@ def frugal() -> Iterator[None]:
     """Within, have glibc hand back every large array when it goes, rather than keep and scatter it.
 
     Left to itself it keeps arrays of up to 32 MiB once it has seen one go; that is what it is told to do at the end.
+    What small ones leave free stays: to give it back and ask for it anew costs many times what is done with them.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 4 * MIB)
+        ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, 64 * MIB)
     try:
         yield
     finally:

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg.blas import dsyrk, ssyrk
 
 _TOGETHER = 256, 4096  # rows to be waited for, at least and at most: as many as there are columns
 FOLDS = 2  # statistics are kept in two halves, so that a regularisation can be judged on samples it has not seen
@@ -91,7 +90,7 @@ class Gram:
     """``X'X`` of rows that come in parts."""
 
     def __init__(self, columns: int) -> None:
-        self._total = np.zeros((columns, columns), order="F")
+        self._total = np.zeros((columns, columns))
         self._waiting = Together(columns)
 
     def add(self, x: np.ndarray) -> None:
@@ -99,19 +98,15 @@ class Gram:
         self._sum(self._waiting.add(x))
 
     def _sum(self, found: tuple[np.ndarray, ...] | None) -> None:
-        if found and found[0].size:  # of nothing, BLAS prints a complaint to stdout
+        if found and found[0].size:
             x = found[0] if found[0].flags.f_contiguous else np.ascontiguousarray(found[0])
-            # one triangle; BLAS takes the transpose of what C calls rows
-            given, transposed = (x, 1) if x.flags.f_contiguous else (x.T, 0)
-            self._total += (ssyrk if x.dtype == np.float32 else dsyrk)(1.0, given, trans=transposed, lower=1)
+            self._total += x.T @ x  # BLAS' syrk, and unlike SciPy's own other threads may run meanwhile
 
     @property
     def value(self) -> np.ndarray:
         """The whole matrix (p, p), in float64."""
         self._sum(self._waiting.take())
-        lower = np.tril(self._total)
-        found: np.ndarray = lower + np.tril(lower, -1).T
-        return found
+        return self._total.copy()
 
 
 class Sums:
