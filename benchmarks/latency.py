@@ -261,8 +261,8 @@ def browser(original: Path, pruned: Path, modules: Path) -> dict[str, Any]:
 
 _MISSING = """Not measured yet: a GPU (none was at hand). One thread's clock is its own processor time; that of two
 is the wall's, on a machine with nothing else running. `rounds` are measurements of cut networks, the fastest one
-first. Rows of a processor without AVX-512 are from a machine with other work on both cores all the time. What is
-compared has to be of one machine, as each pair of curves is. All curves but SqueezeNet's are from before an
+first. One-thread rows and curves of a processor without AVX-512 are from a machine with other work on both cores. What
+is compared has to be of one machine, as each pair of curves is. All curves but SqueezeNet's are from before an
 interval was that of fresh sessions: theirs are of one session's runs, and narrower. The second runtime's and the
 browser's times are lower quartiles of a busy machine; the outputs are what counts there. Models called `-cut` are
 not fitted.

@@ -100,7 +100,8 @@ class Gram:
     def _sum(self, found: tuple[np.ndarray, ...] | None) -> None:
         if found and found[0].size:
             x = found[0] if found[0].flags.f_contiguous else np.ascontiguousarray(found[0])
-            self._total += x.T @ x  # BLAS' syrk, and unlike SciPy's own other threads may run meanwhile
+            with np.errstate(invalid="ignore", over="ignore"):  # `is_finite` says so
+                self._total += x.T @ x  # BLAS' syrk, and unlike with SciPy's, other threads may run meanwhile
 
     @property
     def value(self) -> np.ndarray:
