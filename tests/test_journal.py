@@ -211,6 +211,7 @@ def test_the_command_leaves_no_scratch_files_when_told_to_end(tmp_path: Path, mo
     running = subprocess.Popen([sys.executable, "-m", "onnxprune", *line.split()], stderr=subprocess.PIPE, text=True)
     while running.poll() is None and not list(scratch.glob("onnxprune-*")):
         time.sleep(0.001)
+    time.sleep(0.02)  # tempfile makes a folder first and sees to its removal next: between the two nobody would
     running.terminate()
     said = running.communicate()[1]
     assert (running.returncode, list(scratch.glob("onnxprune-*"))) == (130, [])
