@@ -7,6 +7,7 @@ ours stands a run of the network, and they take its cores: half of a run's time 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,8 +25,7 @@ def threads(columns: int, count: int) -> Iterator[None]:
 @functools.cache
 def _loaded() -> Any:
     """The libraries of this process: to look for them takes milliseconds."""
-    import numpy.linalg  # noqa: F401
-    import scipy.linalg  # noqa: F401
     from threadpoolctl import ThreadpoolController
 
+    importlib.import_module("scipy.linalg")  # brings the one that is not there with NumPy
     return ThreadpoolController()

@@ -247,7 +247,7 @@ class BlockData:
     def __len__(self) -> int:
         return len(self.least[0])
 
-    def take(self, samples: np.ndarray | slice) -> BlockData:
+    def take(self, samples: np.ndarray) -> BlockData:
         """Some of the samples."""
         return BlockData(
             {k: v[samples] for k, v in self.held.items()},
