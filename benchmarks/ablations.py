@@ -30,7 +30,8 @@ from accuracy import Case, accuracy, cifar, digits
 
 import onnxprune
 from onnxprune.batches import LARGEST, Batches
-from onnxprune.calibrate import Sweep, collect
+from onnxprune.calibrate import Sweep
+from onnxprune.collecting import collect
 from onnxprune.data import Preprocessing
 from onnxprune.prepare import prepare
 from onnxprune.progress import Progress

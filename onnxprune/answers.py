@@ -67,31 +67,33 @@ class Answers:
         self.views = {b.tensor: View(b, analysis.graph, batches, room, products) for b in views}
         everything = {*analysis.graph.producer, *(spec.name for spec in analysis.graph.inputs)}
         self._residuals = {r.index: _residual(analysis, r, everything) for r in readers}
-        self._kept: list[Shelved] = []
-        self._sizes: list[Sizes] = []
+        self._kept: dict[int, Shelved] = {}  # by batch
+        self._sizes: dict[int, Sizes] = {}
+        self._held = 0  # bytes of them in memory
 
-    @property
-    def names(self) -> list[str]:
-        """Tensors of the original to find."""
-        found = {r.layer.output for r in self.readers} | {name for name in self._residuals.values() if name}
-        return sorted(found | set(self.views))
+    def names(self, reader: Reader) -> list[str]:
+        """Tensors of the original to find for a reader."""
+        between = reader.layer.data if self._view(reader) is not None else ""
+        return [name for name in (reader.layer.output, self._residuals[reader.index], between) if name]
 
     @property
     def are_known(self) -> bool:
-        """Whether they were found for every batch."""
-        return len(self._kept) == len(self.batches)
+        """Whether they were found for every reader and batch."""
+        return sum(map(len, self._sizes.values())) == len(self.batches) * len(self.readers)
 
-    def settle(self, found: Mapping[str, np.ndarray]) -> None:
-        """Decide what the views look at, from the tensors of a first batch."""
-        for reader in self.readers:
+    def settle(self, readers: Sequence[Reader], found: Mapping[str, np.ndarray]) -> None:
+        """Decide what the views of some readers look at, from the tensors of a first batch."""
+        for reader in readers:
             view = self._view(reader)
             if view is not None:
                 view.settle(found[reader.layer.data], found[reader.layer.output])
 
-    def of(self, batch: int, found: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Sizes]:
-        """What there is to keep of a batch, as the original gives it."""
+    def of(
+        self, readers: Sequence[Reader], batch: int, found: Mapping[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], Sizes]:
+        """What there is to keep of a batch for some readers, as the original gives it."""
         kept, sizes = {}, {}
-        for reader in self.readers:
+        for reader in readers:
             tensors = {"": found[reader.layer.output]}
             if self._residuals[reader.index]:
                 tensors["+"] = found[self._residuals[reader.index]]
@@ -104,11 +106,13 @@ class Answers:
                     kept[f"{reader.index}{which}view"] = view.given(batch, reader, tensor)
         return kept, sizes
 
-    def add(self, kept: Mapping[str, np.ndarray], sizes: Sizes) -> None:
-        """Keep the next batch."""
-        each = sum(array.nbytes for array in kept.values()) / len(self.batches.parts[len(self._kept)])
-        self._kept.append(self.shelf.put(kept, int(each * self.batches.count)))
-        self._sizes.append(sizes)
+    def add(self, batch: int, kept: Mapping[str, np.ndarray], sizes: Sizes) -> None:
+        """Keep it."""
+        size = sum(array.nbytes for array in kept.values())
+        shelved = self.shelf.put(kept, self._held + size)
+        self._held += size if self._held + size <= self.shelf.limit else 0
+        self._kept[batch] = {**self._kept.get(batch, {}), **shelved}
+        self._sizes[batch] = {**self._sizes.get(batch, {}), **sizes}
 
     def at_positions(self, reader: Reader, batch: int) -> Answer:
         """At the positions that are drawn: (group, rows, outputs / group)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,13 +17,16 @@ TARGET_ROWS = 65536  # rows per reader: positions are drawn so that all samples 
 ROWS_PER_COLUMN = 16  # and at least so many per column of the unfolded input
 # more samples than these say little that is new (an image's neighbouring positions are much alike)
 _ENOUGH_SAMPLES, _ENOUGH_PER_COLUMN, _ENOUGH_POSITIONS = 4096, 64, 8
-LARGEST = 64  # records in a batch; so many in a row share a draw
+JUDGING = 5  # of so many samples of a fold one is held out where a block is fitted
+PERIOD = FOLDS * JUDGING  # records a multiple of so many apart are in the same fold, and held out together
+# records in a row that share a draw, at most and at least, multiples of the period; and how many draws there should be
+LARGEST, _FEWEST, _DRAWS = 250, 60, 16
 
 
 class Batches:
     """The calibration records in batches, with a fixed draw of output positions for each.
 
-    What is drawn does not depend on the size of the batches: `LARGEST` records in a row share a draw, and no batch goes
+    What is drawn does not depend on the size of the batches: some records in a row share a draw, and no batch goes
     across two draws. Neither does one hold samples of several folds, so that folds can be summed up side by side.
 
     Args:
@@ -36,7 +39,8 @@ class Batches:
     def __init__(self, data: Calibration, size: int, seed: int, thinned: int = 1) -> None:
         step = min(size, LARGEST) if data.batchable else 1
         self.data = data
-        draws = [range(i, min(i + LARGEST, len(data))) for i in range(0, len(data), LARGEST)]
+        self.sharing = int(np.clip(len(data) // _DRAWS // PERIOD * PERIOD, min(_FEWEST, LARGEST), LARGEST))
+        draws = [range(i, min(i + self.sharing, len(data))) for i in range(0, len(data), self.sharing)]
         folds = [draw[fold::FOLDS] for draw in draws for fold in range(FOLDS)]
         self.parts = [list(fold[i : i + step]) for fold in folds for i in range(0, len(fold), step)]
         self.seed = seed
@@ -51,6 +55,10 @@ class Batches:
     def feeds(self, batch: int) -> dict[str, np.ndarray]:
         """The model's inputs for one batch."""
         return self.data.feeds(self.parts[batch]) if self._fed is None else self._fed[batch]
+
+    def waves(self, at_once: int) -> Iterator[range]:
+        """The numbers of all batches, so many at a time."""
+        return (range(k, min(k + at_once, len(self))) for k in range(0, len(self), at_once))
 
     def of_fold(self, fold: int) -> list[int]:
         """Batches that hold something of a fold."""
@@ -78,7 +86,7 @@ class Batches:
 
     def draw(self, batch: int) -> int:
         """The number of the draw that a batch belongs to."""
-        return self.parts[batch][0] // LARGEST
+        return self.parts[batch][0] // self.sharing
 
     def positions(self, reader: Reader, batch: int, total: int) -> np.ndarray:
         """Flat output positions of a reader to look at in this batch: the same ones for every network."""

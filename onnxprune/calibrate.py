@@ -1,22 +1,21 @@
-"""Activations -> statistics, streamed: the network runs piece by piece, and only sums are kept.
+"""The pruned network from reader to reader, every one fitted as it comes.
 
-`collect` runs the original once and sums the Gram matrix of every reader; error curves and first selections follow from
-it. `Sweep` runs the pruned network from reader to reader: a reader's target is what the original gave, its input what
-the network pruned so far gives (He et al. 2017, section 3.2); at a residual sum the target is Y1 + Y2 - Y1', so that
-the shortcut's error is paid for in the branch (section 3.3).
+A reader's target is what the original gave, its input what the network pruned so far gives (He et al. 2017, section
+3.2); at a residual sum the target is Y1 + Y2 - Y1', so that the shortcut's error is paid for in the branch (section
+3.3). The network runs piece by piece, and only frontiers and sums are kept.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from onnxprune.analysis import Analysis
 from onnxprune.answers import Answers
-from onnxprune.batches import Batches, sample_bytes
+from onnxprune.batches import sample_bytes
 from onnxprune.blocks import Block
 from onnxprune.graph import Graph
 from onnxprune.joint import Network
@@ -28,97 +27,12 @@ from onnxprune.readers import Reader, check_finite
 from onnxprune.runtime import Runtime
 from onnxprune.segments import Piece, Segments, late_order
 from onnxprune.shelf import Shelf, Shelved
-from onnxprune.statistics import FOLDS, Gram, Statistics, Sums
+from onnxprune.statistics import FOLDS, Statistics, Sums
 from onnxprune.surroundings import Behind, Samples, look_behind
 from onnxprune.taking import Taking
-from onnxprune.unfold import out_positions
 
 Tensors = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]  # new values of stored tensors, in their original shapes
-
-
-def collect(
-    analysis: Analysis,
-    readers: Sequence[Reader],
-    batches: Batches,
-    runtime: Runtime,
-    progress: Progress,
-    summed: int | None = None,
-    answers: Answers | None = None,
-) -> list[list[Statistics]]:
-    """Run the original over the data and sum up what every reader reads.
-
-    Args:
-        analysis: of the original.
-        readers: to sum up.
-        batches: the data.
-        runtime: how to run.
-        progress: advanced by the number of samples.
-        summed: the first so many records only.
-        answers: to fill on the way; they are on the same batches.
-
-    Returns:
-        per reader, per group of its convolution, the statistics of the original network: target X @ W.
-
-    Raises:
-        InputError: there is something that cannot be summed.
-    """
-    at_once, shared = runtime.shared_out(min(MOST, len(batches)))
-    segments = Segments(analysis.graph, range(len(analysis.graph.nodes)), shared, analysis.shapes)
-    grams = [[Gram(r.width) for _ in r.weights] for r in readers]
-    rows = [0] * len(readers)
-    read = {r.layer.data for r in readers} | {r.layer.output for r in readers if not _is_fixed(analysis, r)}
-    names = sorted(read.union(answers.names if answers is not None else ()))
-
-    def add(k: int, found: Mapping[int, Tensors]) -> None:
-        """Sum up what one of the readers reads in some batches."""
-        reader, fixed = readers[k], _is_fixed(analysis, readers[k])
-        for batch, tensors in found.items():
-            part = batches.parts[batch]
-            mine = len(part) if summed is None else sum(record < summed for record in part)
-            if not mine:
-                continue
-            # a record of several samples is a batch of its own
-            x = tensors[reader.layer.data][: mine if mine < len(part) else None]
-            made = analysis.shapes.probes[0].shapes if fixed else {n: a.shape for n, a in tensors.items()}
-            out = out_positions(reader.layer, made[reader.layer.output])
-            positions = batches.positions(reader, batch, int(np.prod(out, dtype=np.int64)))
-            for gram, unfolded in zip(grams[k], reader.unfolding.rows(x, positions, out), strict=True):
-                gram.add(unfolded)
-            rows[k] += len(x) * len(positions)
-
-    piece = None
-    with workers(at_once) as spread:
-        for wave in _waves(len(batches), at_once):
-            feeds = [batches.feeds(batch) for batch in wave]
-            piece = piece or segments.piece(0, len(analysis.graph.nodes), names, feeds[0])
-            found = dict(zip(wave, spread(piece.run, feeds), strict=True))
-            del feeds
-            if answers is not None:
-                answers.settle(found[wave[0]])
-                for kept in spread(answers.of, found.keys(), found.values()):
-                    answers.add(*kept)
-            spread(functools.partial(add, found=found), range(len(readers)))
-            del found  # before the next batches come
-            progress.advance(sum(len(batches.parts[batch]) for batch in wave))
-    sums = [
-        [Statistics.of_linear(gram.value, weights, rows[k]) for gram, weights in zip(grams[k], r.weights, strict=True)]
-        for k, r in enumerate(readers)
-    ]
-    for reader, parts in zip(readers, sums, strict=True):
-        check_finite(reader, parts, "the network")
-    return sums
-
-
-def _waves(count: int, at_once: int) -> Iterator[range]:
-    """The numbers of all batches, so many at a time."""
-    return (range(k, min(k + at_once, count)) for k in range(0, count, at_once))
-
-
-def _is_fixed(analysis: Analysis, reader: Reader) -> bool:
-    """Whether a reader's output has the same inner sizes for every input."""
-    rank = len(analysis.shapes.shape(reader.layer.output) or ())
-    return all(analysis.shapes.is_static(reader.layer.output, axis) for axis in range(1, rank))
 
 
 FEW = 1000  # samples
@@ -275,7 +189,7 @@ class Sweep:
     def _enter(self, names: Sequence[str], shelf: Shelf, spread: Map) -> list[Shelved]:
         """Run the pruned network from its inputs to the first reader."""
         piece, states = None, []
-        for wave in _waves(len(self.batches), self.at_once):
+        for wave in self.batches.waves(self.at_once):
             feeds = [self.batches.feeds(batch) for batch in wave]
             piece = piece or self.segments.piece(0, self.cuts[0], names, feeds[0], self.arrays)
             states += [shelf.put(found, self._bytes(names)) for found in spread(piece.run, feeds)]

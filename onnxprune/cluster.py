@@ -18,7 +18,7 @@ import onnx
 from onnxprune import blas
 from onnxprune.analysis import Analysis
 from onnxprune.batches import Batches
-from onnxprune.calibrate import collect
+from onnxprune.collecting import collect
 from onnxprune.errors import InputError
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader
@@ -44,7 +44,7 @@ def collect_on(
     runtime: Runtime,
     progress: Progress,
 ) -> Sums:
-    """What `onnxprune.calibrate.collect` gives, up to the order of the sums.
+    """What `onnxprune.collecting.collect` gives, up to the order of the sums.
 
     Args:
         address: of the scheduler, such as tcp://host:8786; ``local`` or ``local:N`` is a cluster of processes here.

@@ -13,10 +13,11 @@ import numpy as np
 from onnxprune import blas, budget
 from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.answers import Answers
-from onnxprune.batches import LARGEST, Batches, batch_size, enough, rows_bytes, sample_bytes
+from onnxprune.batches import JUDGING, LARGEST, PERIOD, Batches, batch_size, enough, rows_bytes, sample_bytes
 from onnxprune.blocks import find_blocks
-from onnxprune.calibrate import FEW, Arrays, Folds, Sweep, collect
+from onnxprune.calibrate import FEW, Arrays, Folds, Sweep
 from onnxprune.cluster import collect_on
+from onnxprune.collecting import collect
 from onnxprune.compact import compact
 from onnxprune.costs import Several
 from onnxprune.data import Calibration
@@ -37,13 +38,12 @@ from onnxprune.select import Problem, Ranking
 from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights
 from onnxprune.sensitivity import Variants, measure
 from onnxprune.shelf import Shelf
-from onnxprune.statistics import FOLDS, Statistics
+from onnxprune.statistics import Statistics
 from onnxprune.steps import Steps
 from onnxprune.surroundings import Samples
 from onnxprune.taking import Taking
 from onnxprune.targets import Limit
 
-_JUDGING = 5  # of so many samples of a block one is held out
 _FEW_BLOCKS = 2  # times as many positions are looked at where samples are few: neighbours say something then
 _RIDGE = 1e-4  # of the first, one-shot reconstructions
 
@@ -88,7 +88,7 @@ class Chooser:
         count = self.effort.damage_samples(len(self.data), len(self.analysis.groups))
         self.first, self.pricing = self.data.split(count) if count else (self.data, self.data)
         if self.mirrors:
-            self.first, rest = (part.mirrored(self.mirrors, FOLDS * _JUDGING) for part in (self.first, self.pricing))
+            self.first, rest = (part.mirrored(self.mirrors, PERIOD) for part in (self.first, self.pricing))
             whole = self.first.joined(rest) if count else self.first
             self.mirrored, self.data = len(whole) - len(self.data), whole
         # statistics of all readers, and what is worked out from those of one
@@ -104,8 +104,7 @@ class Chooser:
         widest = max((r.width for r in self.readers), default=0)
         with blas.threads(widest, self.runtime.threads), frugal(), Shelf(self.room.answers) as shelf:
             if sweeping:
-                held = sorted({name for r in self.readers for name in (r.layer.data, r.layer.output)})
-                batches = self._batches(self._fitted_to, self.readers, held)
+                batches = self._batches(self._fitted_to, self.readers)
                 blocks = find_blocks(self.analysis, self.readers) if self.effort.together else ()
                 most = self.room.block, shelf, self.effort.products
                 self.answers = Answers(self.analysis, self.readers, blocks, batches, *most)
@@ -118,11 +117,11 @@ class Chooser:
         chosen = [r for r in self.readers if r.columns]
         answers = None if self.dask or self._fitted_to is not self.data else self.answers
         if answers is None:
-            data, batches = self.first, self._batches(self.first, chosen, sorted({r.layer.data for r in chosen}))
-            run = functools.partial(collect_on, self.dask) if self.dask else collect
+            data, batches = self.first, self._batches(self.first, chosen)
+            run = functools.partial(collect_on, self.dask) if self.dask else functools.partial(collect, room=self.room)
         else:  # what sweeps need comes with it
             data, batches = self.data, answers.batches
-            run = functools.partial(collect, summed=len(self.first), answers=answers)
+            run = functools.partial(collect, summed=len(self.first), answers=answers, room=self.room)
         with self.progress.stage("calibrate", len(data)):
             found = run(self.analysis, chosen, batches, self.runtime, self.progress) if chosen else []
         self.statistics = {r.index: s for r, s in zip(chosen, found, strict=True)}
@@ -185,7 +184,7 @@ class Chooser:
 
     def measured_damage(self) -> list[tuple[list[int], list[float]]]:
         """Per group a few kept counts, and the damage to the output at each."""
-        batches = self._batches(self.pricing, (), sorted({r.layer.data for r in self.readers}))
+        batches = self._batches(self.pricing, ())
         levels = [self._levels(info.units) for info in self.analysis.groups]
         with self.progress.stage("sensitivity", len(self.analysis.groups)):
             variants = {
@@ -221,16 +220,21 @@ class Chooser:
         ranking = self.rankings[info.group.index]
         return Variants(sorted(tensors), lambda k: made(ranking.kept(counts[k])), len(counts))
 
-    def _batches(self, data: Calibration, readers: Sequence[Reader], held: Sequence[str]) -> Batches:
-        """The data in batches such that what is held of one, and what is unfolded of it, has room."""
-        unfolded = {r.layer.data: rows_bytes(self.analysis, r, len(data), self.effort.thinned) for r in readers}
-        sizes = {name: sample_bytes(self.analysis, [name]) + unfolded.get(name, 0) for name in held}
-        largest = max(sizes, key=lambda name: sizes[name], default="")
-        self.room.check(largest, sizes.get(largest, 0))
-        # what the runtime holds, what it hands over, and what is made of one tensor after the other; side by side
-        size = 2 * sample_bytes(self.analysis, held) + max(unfolded.values(), default=0)
-        size *= self.runtime.shared_out(MOST)[0]
-        return Batches(data, self._at_once(size), self.seed, self.effort.thinned)
+    def _batches(self, data: Calibration, readers: Sequence[Reader]) -> Batches:
+        """The data in batches such that what a layer reads and gives has room, and what is unfolded of it for a fit.
+
+        Args:
+            data: the records.
+            readers: of which something is unfolded.
+        """
+        largest, size = "", 0
+        for reader in self.readers:
+            rows = rows_bytes(self.analysis, reader, len(data), self.effort.thinned) if reader in readers else 0
+            # what the runtime holds, what it hands over, and what is made of it
+            taken = 2 * sample_bytes(self.analysis, [reader.layer.data, reader.layer.output]) + rows
+            largest, size = (reader.layer.data, taken) if taken > size else (largest, size)
+        self.room.check(largest, size)
+        return Batches(data, self._at_once(size * self.runtime.shared_out(MOST)[0]), self.seed, self.effort.thinned)
 
     @property
     def at_once(self) -> int:
@@ -284,7 +288,9 @@ class Chooser:
 
         if not answers.are_known:  # after a run that was stopped, on a cluster, or with more samples than are fitted to
             with self.progress.stage("calibrate", len(answers.batches.data)):
-                collect(self.analysis, (), answers.batches, self.runtime, self.progress, answers=answers)
+                collect(
+                    self.analysis, (), answers.batches, self.runtime, self.progress, answers=answers, room=self.room
+                )
         with self.progress.stage("reconstruct", len(cut)):
             found = runner.run(steps.reader(fit_reader), steps.block(self._fit_block), self.progress, steps.recall)
         if (count := len(self._fitted_to)) < len(self.data):
@@ -368,7 +374,7 @@ class Chooser:
     def _fit_block(self, net: Network, taken: Taking, arrays: Arrays) -> Arrays:
         """Fit a block's layers together; nothing where that does not help on samples held out."""
         data = taken.data()
-        judging = np.arange(len(data)) % _JUDGING == 0
+        judging = np.arange(len(data)) % JUDGING == 0
         if judging.all():
             return {}
         seen, unseen = data.take(~judging), data.take(judging)

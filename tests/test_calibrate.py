@@ -12,8 +12,9 @@ from builder import RUNTIME, Builder, analysed, run
 
 from onnxprune.analysis import Analysis
 from onnxprune.answers import Answers
-from onnxprune.batches import Batches, batch_size, sample_bytes
-from onnxprune.calibrate import Arrays, Sweep, collect
+from onnxprune.batches import LARGEST, Batches, batch_size, sample_bytes
+from onnxprune.calibrate import Arrays, Sweep
+from onnxprune.collecting import collect
 from onnxprune.data import Calibration, load_calibration
 from onnxprune.joint import stored_tensors
 from onnxprune.pipeline import removed_weights
@@ -331,7 +332,7 @@ def test_records_that_cannot_be_batched_come_one_by_one() -> None:
     assert sorted(Batches(data, 8, 0).parts) == [[0], [1], [2]]
 
 
-@pytest.mark.parametrize(("room", "expected"), [(10_000, 10), (500, 1), (1 << 40, 64)])
+@pytest.mark.parametrize(("room", "expected"), [(10_000, 10), (500, 1), (1 << 40, LARGEST)])
 def test_the_batch_size_follows_the_memory(room: int, expected: int) -> None:
     assert batch_size(1000, room) == expected
 

@@ -16,8 +16,8 @@ from builder import RUNTIME, Builder, analysed
 
 from onnxprune import prune
 from onnxprune.batches import Batches
-from onnxprune.calibrate import collect
 from onnxprune.cluster import collect_on
+from onnxprune.collecting import collect
 from onnxprune.data import load_calibration
 from onnxprune.errors import InputError
 from onnxprune.progress import Progress
