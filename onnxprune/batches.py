@@ -17,10 +17,10 @@ TARGET_ROWS = 65536  # rows per reader: positions are drawn so that all samples 
 ROWS_PER_COLUMN = 16  # and at least so many per column of the unfolded input
 # more samples than these say little that is new (an image's neighbouring positions are much alike)
 _ENOUGH_SAMPLES, _ENOUGH_PER_COLUMN, _ENOUGH_POSITIONS = 4096, 64, 8
-JUDGING = 5  # of so many samples of a fold one is held out where a block is fitted
+JUDGING = 5  # of so many records one is held out where a block is fitted
 PERIOD = FOLDS * JUDGING  # records a multiple of so many apart are in the same fold, and held out together
-# records in a row that share a draw, at most and at least, multiples of the period; and how many draws there should be
-LARGEST, _FEWEST, _DRAWS = 250, 60, 16
+# records in a row that share a draw, at most and at least, and how many draws there should be
+LARGEST, _FEWEST, _DRAWS = 256, 64, 16
 
 
 class Batches:
@@ -39,7 +39,7 @@ class Batches:
     def __init__(self, data: Calibration, size: int, seed: int, thinned: int = 1) -> None:
         step = min(size, LARGEST) if data.batchable else 1
         self.data = data
-        self.sharing = int(np.clip(len(data) // _DRAWS // PERIOD * PERIOD, min(_FEWEST, LARGEST), LARGEST))
+        self.sharing = int(np.clip(len(data) // _DRAWS, min(_FEWEST, LARGEST), LARGEST))
         draws = [range(i, min(i + self.sharing, len(data))) for i in range(0, len(data), self.sharing)]
         folds = [draw[fold::FOLDS] for draw in draws for fold in range(FOLDS)]
         self.parts = [list(fold[i : i + step]) for fold in folds for i in range(0, len(fold), step)]

@@ -25,7 +25,7 @@ from onnxprune.precision import NARROW, float32_copy, types
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, check_finite
 from onnxprune.runtime import Runtime
-from onnxprune.segments import Piece, Segments, late_order
+from onnxprune.segments import Segments, late_order
 from onnxprune.shelf import Shelf, Shelved
 from onnxprune.statistics import FOLDS, Statistics, Sums
 from onnxprune.surroundings import Behind, Samples, look_behind
@@ -132,6 +132,7 @@ class Sweep:
                     take = functools.partial(self._take, taking[id(block)], reader, behind, shelf)
                     spread(take, range(len(pruned)), pruned)
                 self.arrays |= known
+                moved: set[int] = set()
                 for block in [b for b in blocks if self._ends[id(b)] == start]:
                     changed = done[id(block)]
                     if changed is None:
@@ -140,10 +141,9 @@ class Sweep:
                         net = Network(self._wide, replace(self.runtime, as_float32=False, hoards=False), block)
                         changed = fit_block(net, taking.pop(id(block)), self.arrays)
                     self.arrays |= changed
-                    if changed:
-                        self._again(block, here, pruned, shelf, spread)
+                    moved.update(self._moving(block)[0] if changed else ())
                 if not last:
-                    self._advance(start, stop, ahead, pruned, shelf, spread)
+                    self._advance([*moved, *self.segments.order[start:stop]], ahead, pruned, shelf, spread)
                 here = ahead
                 progress.advance()
             self.used_files = shelf.used_files or rows.used_files or answers.shelf.used_files
@@ -162,7 +162,7 @@ class Sweep:
         return [*needed, *sorted(open_ - set(needed))]
 
     def _moving(self, block: Block) -> tuple[list[int], set[str]]:
-        """Nodes to run again when a block has changed, up to its last reader; and the tensors that this takes."""
+        """Nodes to run again when a block has changed, before its last reader; and the tensors that this takes."""
         nodes = [i.layer.node.index for i in block.inner]
         made = {name for k in nodes for name in self.graph.nodes[k].outputs}
         for index in self.segments.order[: self._ends[id(block)]]:
@@ -172,13 +172,6 @@ class Sweep:
                 nodes.append(index)
         read = {n for k in nodes for n in (*self.graph.nodes[k].inputs, *self.graph.nodes[k].captured) if n}
         return nodes, read - made - self.graph.computed_from_constants
-
-    def _again(self, block: Block, here: Sequence[str], states: list[Shelved], shelf: Shelf, spread: Map) -> None:
-        """Run the pruned network again from a block's inner layers to its last reader."""
-        nodes = self._moving(block)[0]
-        made = {name for k in nodes for name in self.graph.nodes[k].outputs}
-        names = [name for name in here if name in made]
-        self._run(self.segments.part(nodes, names, shelf.get(states[0]), self.arrays), here, states, shelf, spread)
 
     def _behind(self, reader: Reader, here: Sequence[str]) -> Behind:
         behind, shapes = look_behind(self.graph, reader, set(here)), self.analysis.shapes
@@ -196,13 +189,11 @@ class Sweep:
         return states
 
     def _advance(
-        self, start: int, stop: int, names: Sequence[str], states: list[Shelved], shelf: Shelf, spread: Map
+        self, nodes: Sequence[int], names: Sequence[str], states: list[Shelved], shelf: Shelf, spread: Map
     ) -> None:
-        """Run the pruned network on to the next reader."""
-        piece = self.segments.piece(start, stop, names, shelf.get(states[0]), self.arrays)
-        self._run(piece, names, states, shelf, spread)
+        """Run the pruned network on to the next reader: nodes that changed or are new, and what is needed behind."""
+        piece = self.segments.part(nodes, names, shelf.get(states[0]), self.arrays)
 
-    def _run(self, piece: Piece, names: Sequence[str], states: list[Shelved], shelf: Shelf, spread: Map) -> None:
         def run(batch: int) -> None:  # in place: of no batch both frontiers are held for long
             states[batch] = self._kept(states[batch], piece.compute(shelf.get(states[batch])), names, shelf)
 

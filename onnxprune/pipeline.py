@@ -373,8 +373,8 @@ class Chooser:
 
     def _fit_block(self, net: Network, taken: Taking, arrays: Arrays) -> Arrays:
         """Fit a block's layers together; nothing where that does not help on samples held out."""
-        data = taken.data()
-        judging = np.arange(len(data)) % JUDGING == 0
+        data, records = taken.data()
+        judging = records % JUDGING == 0
         if judging.all():
             return {}
         seen, unseen = data.take(~judging), data.take(judging)

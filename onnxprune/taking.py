@@ -26,6 +26,7 @@ class Taking:
     def __init__(self, view: View) -> None:
         self.view, self.block = view, view.block
         # all by the number of the batch
+        self.records: dict[int, np.ndarray] = {}
         self.held: dict[str, dict[int, np.ndarray]] = {name: {} for name in view.block.held}
         self.wanted: list[dict[int, np.ndarray]] = []
         self.least: list[dict[int, np.ndarray]] = []  # where a limiter behind cuts off
@@ -39,8 +40,11 @@ class Taking:
 
     def add(self, batch: int, reader: Reader, behind: Behind, answer: Answer, pruned: Tensors) -> None:
         """One batch at this reader: what the original gives in the view, and all of the pruned one."""
-        if not len(self.view.samples(batch, len(pruned[self.block.tensor]))):
+        rows = len(pruned[self.block.tensor])
+        samples = self.view.samples(batch, rows)
+        if not len(samples):
             return
+        self.records[batch] = self.view.numbers(batch, rows)[samples]
         if len(self.wanted) == 1:
             for name, arrays in self.held.items():
                 arrays[batch] = self.view.read(batch, name, pruned[name])
@@ -60,8 +64,8 @@ class Taking:
         held = {name: arrays[batch] for name, arrays in self.held.items()}
         self.valid[-1][batch] = self.view.valid(batch, reader, wanted, held)
 
-    def data(self) -> BlockData:
-        """All of it, for the taking: nothing is kept twice."""
+    def data(self) -> tuple[BlockData, np.ndarray]:
+        """All of it, for the taking, as nothing is kept twice; and the numbers of its records."""
         held = {name: _joined(arrays) for name, arrays in self.held.items()}
         least, most, valid, energy = [], [], [], []
         for wanted, lows, highs, counts in zip(self.wanted, self.least, self.most, self.valid, strict=True):
@@ -70,7 +74,7 @@ class Taking:
             energy.append(squared((whole - whole.mean()) * there))
             least.append(_joined(lows) if lows else whole)
             most.append(_joined(highs) if highs else whole)
-        return BlockData(held, tuple(least), tuple(most), tuple(valid), tuple(energy))
+        return BlockData(held, tuple(least), tuple(most), tuple(valid), tuple(energy)), _joined(self.records)
 
 
 def _joined(arrays: dict[int, np.ndarray]) -> np.ndarray:

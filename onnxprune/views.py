@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxprune.batches import Batches
+from onnxprune.batches import JUDGING, Batches
 from onnxprune.blocks import Block
 from onnxprune.graph import Graph
 from onnxprune.readers import Reader
@@ -115,10 +115,14 @@ class View:
             self._whole = self._spatial(between)
             self._size, self._step = self._plan(self._whole, output)
 
+    def numbers(self, batch: int, rows: int) -> np.ndarray:
+        """Numbers of the records of a batch; where time comes first, of the steps that the rows of all tensors are."""
+        records = np.asarray(self.batches.parts[batch])
+        return records if len(records) == rows else np.arange(rows)
+
     def samples(self, batch: int, rows: int) -> np.ndarray:
-        """Which samples of a batch; where time comes first, which of the steps that the rows of all tensors are."""
-        samples = np.asarray(self.batches.parts[batch])
-        return np.flatnonzero((samples if len(samples) == rows else np.arange(rows)) % self._step == 0)
+        """Which rows of a batch are looked at."""
+        return np.flatnonzero(self.numbers(batch, rows) % self._step == 0)
 
     def read(self, batch: int, name: str, array: np.ndarray) -> np.ndarray:
         """The part of a tensor that the block reads."""
@@ -187,7 +191,8 @@ class View:
             left_out = [max(full - side, 0) // g * g for full, g in zip(whole, grid, strict=True)]
             size = tuple(full - out for full, out in zip(whole, left_out, strict=True))
         most = max(int(room / max(math.prod(size), 1)), 1)
-        return size, max(samples // most, 1)
+        step = max(samples // most, 1)
+        return size, step if step % JUDGING else step + 1  # else all that is looked at would be held out
 
     def _divisible(self, rank: int) -> bool:
         """Whether a window can be taken out: not of what is spread out, and not beside constants of full size."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from onnxprune import views
 from onnxprune.analysis import Analysis
 from onnxprune.answers import Answer
-from onnxprune.batches import Batches
+from onnxprune.batches import JUDGING, Batches
 from onnxprune.blocks import Block, BlockData, find_blocks
 from onnxprune.data import InputSpec, load_calibration
 from onnxprune.descent import _factor, fit_block
@@ -317,7 +317,8 @@ def test_windows_give_what_the_whole_gives(make: Callable[[Builder], str], k: in
             for batch, part in enumerate((np.arange(0, 8, 2), np.arange(1, 8, 2))):
                 answer = Answer(view.given(batch, reader, y[part]), None, ())
                 taken.add(batch, reader, behind, answer, {n: a[part] for n, a in before.items()})
-    data = taken.data()
+    data, records = taken.data()
+    assert records.tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
     found = Network(case.analysis.graph, RUNTIME, case.block).run(data, case.weights)[2]
     whole = math.prod(tensor.shape) > math.prod(next(iter(data.held.values())).shape[:1]) and all(
         data.held[n].shape == before[n].shape for n in data.held
@@ -332,23 +333,38 @@ def test_windows_give_what_the_whole_gives(make: Callable[[Builder], str], k: in
             assert valid.any()
 
 
+def _two_products(g: Builder) -> str:
+    """432 multiplications at each position."""
+    hidden = g.Relu(g.Gemm(g.input("x", ["n", 12]), g.weight(12, 24), g.weight(24)))
+    return str(g.Gemm(hidden, g.weight(24, 6), g.weight(6)))
+
+
 @pytest.mark.parametrize(("products", "samples"), [(math.inf, 1000), (432 * 300, 300), (0, 216)])
 def test_wide_layers_are_looked_at_in_fewer_positions(
     products: float, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a thousand samples with one position each: as the multiplications allow, and enough for every column."""
     monkeypatch.setattr(views, "_LEAST_PER_COLUMN", 9)
-
-    def two_products(g: Builder) -> str:  # 432 multiplications at each position
-        hidden = g.Relu(g.Gemm(g.input("x", ["n", 12]), g.weight(12, 24), g.weight(24)))
-        return str(g.Gemm(hidden, g.weight(24, 6), g.weight(6)))
-
-    analysis, (block,) = blocks_of(two_products)
+    analysis, (block,) = blocks_of(_two_products)
     many = load_calibration(np.zeros((1000, 12), np.float32), analysis.graph.inputs)
     view = View(block, analysis.graph, Batches(many, 64, 0), 1 << 30, products)
     view.settle(np.zeros((64, 24), np.float32), np.zeros((64, 6), np.float32))
     looked_at = sum(len(view.samples(k, len(part))) for k, part in enumerate(view.batches.parts))
     assert looked_at == pytest.approx(samples, rel=0.3)
+
+
+@pytest.mark.parametrize("rows", [1, 100, 200, 211, 500, 1000])
+def test_a_fifth_of_what_is_looked_at_is_held_out(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever share of the records is looked at: a step by which all would be held out is not taken."""
+    monkeypatch.setattr(views, "ROWS", rows)
+    analysis, (block,) = blocks_of(_two_products)
+    batches = Batches(load_calibration(np.zeros((1000, 12), np.float32), analysis.graph.inputs), 64, 0)
+    view = View(block, analysis.graph, batches, 1 << 30)
+    view.settle(np.zeros((64, 24), np.float32), np.zeros((64, 6), np.float32))
+    parts = [(view.numbers(k, len(part)), view.samples(k, len(part))) for k, part in enumerate(batches.parts)]
+    records = np.concatenate([numbers[samples] for numbers, samples in parts])
+    assert 1 <= len(records) <= max(2 * rows, 1)
+    assert sum(records % JUDGING == 0) == pytest.approx(len(records) / JUDGING, abs=1)
 
 
 # ---------------------------------------------------------------------------------------------------------- the fit
