@@ -23,9 +23,10 @@ from onnxprune.parallel import Map, workers
 
 PASSES = 3  # over the samples, at most
 _STEPS = 16  # of a pass: as many parts
-_SOUNDED = 4  # of so many samples one tells the metric and the length of the steps
+_SOUNDED = 4, 8  # of so many samples one, at least and at most, tells the metric and the length of the steps
+_SOUNDINGS = 16  # positions per column that are to be left for that
 _MOMENTUM = 0.8
-_POWER = 6  # rounds of power iteration
+_POWER = 4  # rounds of power iteration
 _SAFETY = 1.2  # how much larger the largest eigenvalue may be than those rounds say
 _NOISE = 0.05  # of a part, that steps may take over: times rows for a column it bounds their length
 _WORTH = 1e-2  # of the error at the start: what a pass has to gain for another one to be made
@@ -49,14 +50,15 @@ def fit_block(net: Network, parts: Sequence[Part], data: BlockData, held_out: Bl
         judging = _chunks(held_out, np.arange(len(held_out)))
         first = least = loss.value(weights, judging)
         give_back()
+        columns = max(*(int(part.free.any(axis=2).sum(axis=1).max()) for part in parts), 1)
+        rows = data.least[0].size / data.least[0].shape[net.block.axis]
+        sounded = int(np.clip(rows / (_SOUNDINGS * columns), *_SOUNDED))
         try:
-            metric = _Metric(loss, weights, _chunks(data, np.arange(0, len(data), _SOUNDED)))
+            metric = _Metric(loss, weights, _chunks(data, np.arange(0, len(data), sounded)))
         except np.linalg.LinAlgError:  # activations so large that their squares are no numbers
             return None
         steps = min(_STEPS, len(data))
-        columns = max(int(part.free.any(axis=2).sum(axis=1).max()) for part in parts)
-        rows = data.least[0].size / data.least[0].shape[net.block.axis] / steps
-        noise = _NOISE * (1.0 - _MOMENTUM) * rows / max(columns, 1)
+        noise = _NOISE * (1.0 - _MOMENTUM) * rows / steps / columns
         length = min(1.0 / (_SAFETY * metric.steepest), noise)
         best = None
         for _ in range(PASSES):
