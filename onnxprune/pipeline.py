@@ -13,7 +13,7 @@ import numpy as np
 from onnxprune import blas, budget
 from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.answers import Answers
-from onnxprune.batches import JUDGING, LARGEST, PERIOD, Batches, batch_size, enough, rows_bytes, sample_bytes
+from onnxprune.batches import LARGEST, PERIOD, Batches, batch_size, enough, rows_bytes, sample_bytes
 from onnxprune.blocks import find_blocks
 from onnxprune.calibrate import FEW, Arrays, Folds, Sweep
 from onnxprune.cluster import collect_on
@@ -373,12 +373,9 @@ class Chooser:
 
     def _fit_block(self, net: Network, taken: Taking, arrays: Arrays) -> Arrays:
         """Fit a block's layers together; nothing where that does not help on samples held out."""
-        data, records = taken.data()
-        judging = records % JUDGING == 0
-        if judging.all():
+        seen, unseen = taken.data()
+        if not len(seen):
             return {}
-        seen, unseen = data.take(~judging), data.take(judging)
-        del data  # the fit needs the room
         readers = [(i.layer, i.unfolding) for i in net.block.inner] + [(r.layer, r.unfolding) for r in net.block.outer]
         parts = [
             Part(layer, unfolding, current(self.analysis.graph, layer, arrays), self._free(layer))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from onnxprune.answers import Answer
+from onnxprune.batches import JUDGING
 from onnxprune.blocks import BlockData
 from onnxprune.readers import Reader
 from onnxprune.statistics import squared
@@ -64,21 +65,43 @@ class Taking:
         held = {name: arrays[batch] for name, arrays in self.held.items()}
         self.valid[-1][batch] = self.view.valid(batch, reader, wanted, held)
 
-    def data(self) -> tuple[BlockData, np.ndarray]:
-        """All of it, for the taking, as nothing is kept twice; and the numbers of its records."""
-        held = {name: _joined(arrays) for name, arrays in self.held.items()}
-        least, most, valid, energy = [], [], [], []
-        for wanted, lows, highs, counts in zip(self.wanted, self.least, self.most, self.valid, strict=True):
-            whole, there = _joined(wanted), _joined(counts)
-            valid.append(there)
-            energy.append(squared((whole - whole.mean()) * there))
-            least.append(_joined(lows) if lows else whole)
-            most.append(_joined(highs) if highs else whole)
-        return BlockData(held, tuple(least), tuple(most), tuple(valid), tuple(energy)), _joined(self.records)
+    def data(self) -> tuple[BlockData, BlockData]:
+        """What to fit to, and what to judge by; for the taking, as nothing is kept twice."""
+        energy = tuple(_energy(wanted, valid) for wanted, valid in zip(self.wanted, self.valid, strict=True))
+        least, most = [], []
+        for wanted, lows, highs in zip(self.wanted, self.least, self.most, strict=True):
+            if lows:
+                wanted.clear()
+                least.append(self._parted(lows))
+                most.append(self._parted(highs))
+            else:
+                least.append(self._parted(wanted))
+                most.append(least[-1])
+        valid = [self._parted(arrays) for arrays in self.valid]
+        held = {name: self._parted(arrays) for name, arrays in self.held.items()}
+        seen, unseen = (
+            BlockData(
+                {name: parts[k] for name, parts in held.items()},
+                tuple(parts[k] for parts in least),
+                tuple(parts[k] for parts in most),
+                tuple(parts[k] for parts in valid),
+                energy,
+            )
+            for k in range(2)
+        )
+        return seen, unseen
+
+    def _parted(self, arrays: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The arrays of all batches as two, of which the second one is held out; nothing is left of the parts."""
+        batches = sorted(arrays)
+        held_out = {batch: self.records[batch] % JUDGING == 0 for batch in batches}
+        seen = np.concatenate([arrays[batch][~held_out[batch]] for batch in batches])
+        unseen = np.concatenate([arrays[batch][held_out[batch]] for batch in batches])
+        arrays.clear()
+        return seen, unseen
 
 
-def _joined(arrays: dict[int, np.ndarray]) -> np.ndarray:
-    """The arrays as one, in order; nothing is left of the parts."""
-    whole = np.concatenate([arrays[batch] for batch in sorted(arrays)])
-    arrays.clear()
-    return whole
+def _energy(wanted: Mapping[int, np.ndarray], valid: Mapping[int, np.ndarray]) -> float:
+    """Of what is wanted about its mean, where it counts."""
+    mean = sum(float(part.sum(dtype=np.float64)) for part in wanted.values()) / sum(p.size for p in wanted.values())
+    return sum(squared((part - part.dtype.type(mean)) * valid[batch]) for batch, part in wanted.items())

@@ -21,7 +21,9 @@ from onnxprune.unfold import Unfolding, columns_of
 ROWS = 1 << 16  # positions in all
 _LEAST_PER_COLUMN = 48  # of them, where products are limited
 SIDE = 10  # the shortest side of a window, where the whole is larger
-_COPIES = 8  # of an output that a fit works with: wanted, offset, what is missing, ...
+# of an output, what is taken in: wanted, the least and the largest, and whether it counts, with a part that is joined
+_KEPT = 3.5
+_COPIES, _AT_ONCE = 8, 4  # of an output that a fit works with, and of so many samples it works with one at a time
 
 
 @dataclass(frozen=True)
@@ -170,15 +172,16 @@ class View:
 
     def _plan(self, whole: tuple[int, ...], output: np.ndarray) -> tuple[tuple[int, ...], int]:
         """The size of a window, and of how many samples one is looked at."""
-        samples, per_position, products, widest = len(self.batches.data), 0, 0, 1
+        samples, per_position, products, widest = len(self.batches.data), 0.0, 0, 1
         pooled = math.prod(self.block.pool[1].strides) if self.block.pool else 1
-        layers = [(i.layer, i.unfolding, pooled) for i in self.block.inner]
-        layers += [(r.layer, r.unfolding, 1) for r in self.block.outer]
-        for layer, unfolding, each in layers:
+        layers = [(i.layer, i.unfolding, pooled, True) for i in self.block.inner]
+        layers += [(r.layer, r.unfolding, 1, False) for r in self.block.outer]
+        for layer, unfolding, each, is_inner in layers:
             dims = tuple(self.graph.stored(layer.weight).dims)
             outputs = dims[layer.out_axis] * (layer.group if layer.node.op == "ConvTranspose" else 1)
             columns = columns_of(layer, dims)
-            per_position += 4 * each * (unfolding.group * columns + _COPIES * outputs)
+            kept = unfolding.group * columns / unfolding.taps if is_inner else _KEPT * outputs
+            per_position += 4 * each * (kept + (unfolding.group * columns + _COPIES * outputs) / _AT_ONCE)
             products += each * columns * outputs
             widest = max(widest, columns)
         finer = max(math.prod(self._spatial(output)) / max(math.prod(whole), 1), 1.0)
