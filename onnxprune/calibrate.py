@@ -35,8 +35,6 @@ Tensors = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]  # new values of stored tensors, in their original shapes
 
 
-FEW = 1000  # samples
-
 Folds = Sequence[Sequence[Statistics]]  # per group of a reader's convolution, per fold
 Fitter = Callable[[Reader, Folds, Sequence[Samples], Map], Arrays]
 BlockFitter = Callable[[Network, Taking, Arrays], Arrays]
@@ -121,10 +119,8 @@ class Sweep:
                 behind = self._behind(reader, here)
                 blocks = [b for b in self.blocks if reader in b.outer]
                 known = recall(reader)
-                # a block's fit, which follows, minds the limiter too, but few samples stop it early
-                alone = self.limiters and (not blocks or len(self.batches.data) < FEW)
                 if known is None:
-                    given = self._folds(reader, behind, shelf, rows if alone else None, pruned, spread)
+                    given = self._folds(reader, behind, shelf, rows if self.limiters else None, pruned, spread)
                     known = fit(reader, *given, spread)
                     del given  # a block's fit needs the room
                 for block in [b for b in blocks if done[id(b)] is None]:

@@ -21,7 +21,7 @@ from onnxprune.joint import CHUNKS, Linear, Network, Part, State, Vector, look
 from onnxprune.memory import give_back
 from onnxprune.parallel import Map, workers
 
-PASSES = 3  # over the samples, at most
+PASSES = 6  # over the samples, at most
 _STEPS = 16  # of a pass: as many parts
 _SOUNDED = 4, 8  # of so many samples one, at least and at most, tells the metric and the length of the steps
 _SOUNDINGS = 16  # positions per column that are to be left for that

@@ -47,5 +47,5 @@ class Effort:
 
 # few widths say what damage is, with a group's own errors between them; samples are better spent than widths
 THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 2.0, 96, 256, 1000, True)
-BALANCED = Effort(2500, 4, (0.4, 0.1), 1.5, 96, 256, 1000, True, 4e9)
+BALANCED = Effort(2500, 4, (0.4, 0.1), 1.5, 96, 256, 1000, True, 8e9)
 QUICK = Effort(1000, 4, (0.4, 0.1), 0.5, 24, 64, 0, False)

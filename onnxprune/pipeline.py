@@ -15,7 +15,7 @@ from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.answers import Answers
 from onnxprune.batches import LARGEST, PERIOD, Batches, batch_size, enough, rows_bytes, sample_bytes
 from onnxprune.blocks import find_blocks
-from onnxprune.calibrate import FEW, Arrays, Folds, Sweep
+from onnxprune.calibrate import Arrays, Folds, Sweep
 from onnxprune.cluster import collect_on
 from onnxprune.collecting import collect
 from onnxprune.compact import compact
@@ -44,6 +44,7 @@ from onnxprune.surroundings import Samples
 from onnxprune.taking import Taking
 from onnxprune.targets import Limit
 
+_FEW = 1000  # samples
 _FEW_BLOCKS = 2  # times as many positions are looked at where samples are few: neighbours say something then
 _RIDGE = 1e-4  # of the first, one-shot reconstructions
 
@@ -93,7 +94,7 @@ class Chooser:
             self.mirrored, self.data = len(whole) - len(self.data), whole
         # statistics of all readers, and what is worked out from those of one
         sums = [8 * r.weights.shape[0] * r.width * (r.width + r.weights.shape[2]) for r in self.readers]
-        few = len(self.data) < FEW
+        few = len(self.data) < _FEW
         self.effort = self.effort.of_few if few else self.effort
         blocks = _FEW_BLOCKS if few else 1
         self.room = Room.of(self.memory, sum(sums) + 4 * max(sums, default=0), blocks)

@@ -12,7 +12,7 @@ from builder import RUNTIME, Builder, analysed, run
 
 from onnxprune.analysis import Analysis
 from onnxprune.answers import Answers
-from onnxprune.batches import LARGEST, Batches, batch_size, sample_bytes
+from onnxprune.batches import LARGEST, ROWS_PER_COLUMN, Batches, batch_size, sample_bytes
 from onnxprune.calibrate import Arrays, Sweep
 from onnxprune.collecting import collect
 from onnxprune.data import Calibration, load_calibration
@@ -316,7 +316,7 @@ def test_wide_readers_get_rows_for_their_columns(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("onnxprune.batches.TARGET_ROWS", 1)
     case = case_of("chain")
     reader = case.readers[0]
-    assert len(case.batches.positions(reader, 0, 10_000)) == -(-16 * reader.width // SAMPLES)
+    assert len(case.batches.positions(reader, 0, 10_000)) == -(-ROWS_PER_COLUMN * reader.width // SAMPLES)
 
 
 def test_batches_hold_every_record_once() -> None:
