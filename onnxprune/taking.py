@@ -103,5 +103,6 @@ class Taking:
 
 def _energy(wanted: Mapping[int, np.ndarray], valid: Mapping[int, np.ndarray]) -> float:
     """Of what is wanted about its mean, where it counts."""
-    mean = sum(float(part.sum(dtype=np.float64)) for part in wanted.values()) / sum(p.size for p in wanted.values())
+    total = sum(float(part.sum(dtype=np.float64)) for part in wanted.values())
+    mean = total / max(sum(part.size for part in wanted.values()), 1)
     return sum(squared((part - part.dtype.type(mean)) * valid[batch]) for batch, part in wanted.items())
