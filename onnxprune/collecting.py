@@ -65,7 +65,8 @@ def collect(
     wanted = [{r.layer.data} | (set() if _is_fixed(analysis, r) else {r.layer.output}) for r in readers]
     answered = answers.readers if answers is not None else ()
     wanted += [set(answers.names(r)) for r in answered] if answers is not None else []
-    most = room.batch // (2 * at_once * max(map(len, batches.parts)))
+    # the runtime holds tensors and hands them over, and as much is made of them
+    most = room.batch // (4 * at_once * max(map(len, batches.parts)))
 
     def add(k: int, found: Mapping[int, Tensors]) -> None:
         """Sum up what one of the readers reads in some batches."""
