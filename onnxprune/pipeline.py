@@ -35,7 +35,7 @@ from onnxprune.readers import Reader, find_readers, matrices_of
 from onnxprune.reconstruct import Fit, fit, refine, solve
 from onnxprune.runtime import Runtime
 from onnxprune.select import Problem, Ranking
-from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights
+from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights, with_errors
 from onnxprune.sensitivity import Variants, measure
 from onnxprune.shelf import Shelf
 from onnxprune.statistics import Statistics
@@ -131,7 +131,9 @@ class Chooser:
         """Rank the units of every group on the original network."""
         with self.progress.stage("rank", len(self.analysis.groups)):
             for info in self.analysis.groups:
-                self.rankings.append(rank(self.method, info, self._problems(info), self.analysis, self.seed))
+                problems = self._problems(info)
+                ranking = rank(self.method, info, problems, self.analysis, self.seed)
+                self.rankings.append(with_errors(ranking, problems))
                 self.progress.advance()
 
     def _problems(self, info: GroupInfo, statistics: Mapping[int, Sequence[Statistics]] | None = None) -> list[Problem]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.errors import InputError
 from onnxprune.readers import Reader
+from onnxprune.reconstruct import solve
 from onnxprune.select import Problem, Ranking, greedy, lasso, ordered, wanda
+from onnxprune.select.greedy import DAMPING
 from onnxprune.statistics import Statistics
 
 METHODS = ("greedy", "lasso", "wanda", "l1", "slimming", "random")
+_WIDTHS = 16  # at which the errors of a ranking are worked out
 FROM_ACTIVATIONS = {"greedy": greedy, "lasso": lasso, "wanda": wanda}
 
 
@@ -64,6 +68,30 @@ def rank(method: str, info: GroupInfo, problems: list[Problem], analysis: Analys
     if method == "l1" or not problems:
         return ordered(np.argsort(-filter_norms(info, analysis), kind="stable"))
     return FROM_ACTIVATIONS[method](problems)
+
+
+def with_errors(ranking: Ranking, problems: Sequence[Problem]) -> Ranking:
+    """A ranking with the squared error of the best weights: worked out at some widths, and in proportion in between.
+
+    Without, the damage between two widths at which it was measured would be taken to grow evenly.
+
+    Args:
+        ranking: whose errors need not be known.
+        problems: of the group; where there are none, the ranking stays as it is.
+    """
+    if not problems or not np.isnan(ranking.errors).any():
+        return ranking
+    units = len(ranking.sets) - 1
+    widths = np.unique(np.linspace(0, units, _WIDTHS + 1).round().astype(np.int64))
+    errors = [sum(_least_error(problem, ranking.sets[width]) for problem in problems) for width in widths]
+    return replace(ranking, errors=np.interp(np.arange(units + 1), widths, errors))
+
+
+def _least_error(problem: Problem, kept: np.ndarray) -> float:
+    active = problem.active.copy()
+    active[problem.columns[~kept].ravel()] = False
+    weights = solve(problem.statistics, np.flatnonzero(active), problem.weights, DAMPING)
+    return problem.scale * problem.statistics.error(weights)
 
 
 def filter_norms(info: GroupInfo, analysis: Analysis) -> np.ndarray:

@@ -18,7 +18,7 @@ from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.errors import InputError
 from onnxprune.select import Problem, Ranking, greedy, lasso, ordered, wanda
 from onnxprune.select.greedy import DAMPING
-from onnxprune.selection import FROM_ACTIVATIONS, METHODS, rank
+from onnxprune.selection import FROM_ACTIVATIONS, METHODS, rank, with_errors
 from onnxprune.statistics import Statistics, Sums
 
 UNITS, TAPS, OUTPUTS, ROWS = 5, 2, 3, 60
@@ -285,6 +285,17 @@ def test_lasso_keeps_as_many_as_asked_for(seed: int, units: int) -> None:
     ranking = lasso([Samples(seed, units).problem, Samples(seed + 1, units, outputs=1).problem])
     assert [len(ranking.kept(k)) for k in range(units + 1)] == list(range(units + 1))
     assert np.isnan(ranking.errors).all()
+
+
+@pytest.mark.parametrize("units", [3, 7, 40])
+def test_errors_that_a_method_does_not_give_are_those_of_the_best_weights(units: int) -> None:
+    problems = [Samples(1, units).problem, Samples(2, units, outputs=1).problem]
+    known = greedy(problems)
+    found = with_errors(replace(known, errors=np.full(units + 1, np.nan)), problems)
+    there = np.unique(np.linspace(0, units, 17).round().astype(int))
+    np.testing.assert_allclose(found.errors[there], known.errors[there], rtol=1e-3, atol=1e-3 * known.errors[0])
+    assert with_errors(known, problems) is known
+    assert np.isnan(with_errors(lasso(problems), []).errors).all()
 
 
 # ------------------------------------------------------------------------------------------------------- rankings
