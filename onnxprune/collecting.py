@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,8 +66,10 @@ def collect(
     wanted = [{r.layer.data} | (set() if _is_fixed(analysis, r) else {r.layer.output}) for r in readers]
     answered = answers.readers if answers is not None else ()
     wanted += [set(answers.names(r)) for r in answered] if answers is not None else []
-    # the runtime holds tensors and hands them over, and as much is made of them
-    most = room.batch // (4 * at_once * max(map(len, batches.parts)))
+    count, most = sum(map(len, batches.parts)), math.inf
+    if in_pieces(analysis, [*readers, *answered], count, room):
+        # the runtime holds tensors and hands them over, and as much is made of them
+        most = room.batch / (4 * at_once * max(map(len, batches.parts)))
 
     def add(k: int, found: Mapping[int, Tensors]) -> None:
         """Sum up what one of the readers reads in some batches."""
@@ -87,7 +90,7 @@ def collect(
 
     stretches = _stretches(analysis, segments, wanted, most)
     states: list[Shelved] = [{} for _ in range(len(batches))]
-    count, done = sum(map(len, batches.parts)), 0
+    done = 0
     with Shelf(room.frontier) as shelf, workers(at_once) as spread:
         for number, stretch in enumerate(stretches):
             summing = [k for k in stretch.due if k < len(readers)]
@@ -121,6 +124,20 @@ def collect(
     return sums
 
 
+def in_pieces(analysis: Analysis, readers: Sequence[Reader], count: int, room: Room) -> bool:
+    """Whether what flows between pieces finds room in memory.
+
+    To write it to files and read it again takes longer than larger batches save.
+
+    Args:
+        analysis: of the network.
+        readers: of it.
+        count: of the samples.
+        room: what there is.
+    """
+    return count * max((sample_bytes(analysis, [r.layer.data]) for r in readers), default=0) <= room.frontier
+
+
 @dataclass(frozen=True)
 class _Stretch:
     """Nodes that are run in one go.
@@ -138,7 +155,9 @@ class _Stretch:
     passed: tuple[str, ...]
 
 
-def _stretches(analysis: Analysis, segments: Segments, wanted: Sequence[Collection[str]], most: int) -> list[_Stretch]:
+def _stretches(
+    analysis: Analysis, segments: Segments, wanted: Sequence[Collection[str]], most: float
+) -> list[_Stretch]:
     """The network in stretches of which each makes about so many bytes of wanted tensors for a sample, at most.
 
     Args:

@@ -17,7 +17,7 @@ from onnxprune.batches import LARGEST, PERIOD, Batches, batch_size, enough, rows
 from onnxprune.blocks import find_blocks
 from onnxprune.calibrate import Arrays, Folds, Sweep
 from onnxprune.cluster import collect_on
-from onnxprune.collecting import collect
+from onnxprune.collecting import collect, in_pieces
 from onnxprune.compact import compact
 from onnxprune.costs import Several
 from onnxprune.data import Calibration
@@ -237,7 +237,18 @@ class Chooser:
             taken = 2 * sample_bytes(self.analysis, [reader.layer.data, reader.layer.output]) + rows
             largest, size = (reader.layer.data, taken) if taken > size else (largest, size)
         self.room.check(largest, size)
+        size = max(size, self._widest_node)
+        if not in_pieces(self.analysis, self.readers, len(self.data), self.room):  # all of it at once, then
+            held = {name for r in self.readers for name in (r.layer.data, r.layer.output)}
+            size = max(size, 2 * sample_bytes(self.analysis, sorted(held)))
         return Batches(data, self._at_once(size * self.runtime.shared_out(MOST)[0]), self.seed, self.effort.thinned)
+
+    @functools.cached_property
+    def _widest_node(self) -> int:
+        """Bytes that the runtime holds of a sample while it runs a node, at most."""
+        graph = self.analysis.graph
+        flowing = [[n for n in (*node.inputs, *node.outputs) if not graph.is_stored(n)] for node in graph.nodes]
+        return max((sample_bytes(self.analysis, names) for names in flowing), default=0)
 
     @property
     def at_once(self) -> int:
