@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnxprune.calibrate import Arrays, Sweep
 from onnxprune.collecting import collect
 from onnxprune.data import Calibration, load_calibration
 from onnxprune.joint import stored_tensors
+from onnxprune.memory import Room
 from onnxprune.pipeline import removed_weights
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers
@@ -294,6 +296,22 @@ def test_collected_sums_do_not_depend_on_the_batches(batch: int) -> None:
     sums = [collect(c.analysis, c.readers, c.batches, RUNTIME, Progress()) for c in (one, two)]
     for a, b in zip(*sums, strict=True):
         np.testing.assert_allclose(a[0].gram, b[0].gram, rtol=0, atol=1e-6 * np.abs(a[0].gram).max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pieces_give_what_the_whole_gives(name: str) -> None:
+    """As many pieces as there are tensors to look at, and one."""
+    case, runs = case_of(name), []
+    for room in (Room(1 << 30, batch=1), Room(1 << 30, frontier=0)):
+        answers = Answers(case.analysis, case.readers, (), case.batches, 0, Shelf(1 << 30))
+        given = case.analysis, case.readers, case.batches, RUNTIME, Progress()
+        runs.append((collect(*given, answers=answers, room=room), answers))
+        assert answers.are_known
+    for one, two in zip(runs[0][0], runs[1][0], strict=True):
+        np.testing.assert_allclose(one[0].gram, two[0].gram, rtol=0, atol=1e-6 * np.abs(one[0].gram).max())
+    for reader, batch in itertools.product(case.readers, range(len(case.batches))):
+        parts = [answers.at_positions(reader, batch) for _, answers in runs]
+        np.testing.assert_allclose(parts[0].output, parts[1].output, rtol=0, atol=1e-5)
 
 
 def test_positions_are_drawn_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
