@@ -19,7 +19,7 @@ from onnxprune.tensors import detached, graphs
 
 ort.set_default_logger_severity(4)  # GPU builds warn about missing drivers on machines without one
 
-_FIRST_SLICE, _SLICE_BYTES = 8, 64 << 20  # tensors of a model that are looked at together
+_SLICE_BYTES = 192 << 20  # of the tensors of a model that are looked at together
 _SPINNING = 0.0002  # seconds that a measured session's workers look for more work before they sleep
 _WAKING = 0.00015  # seconds that they may take to wake up
 _WAKING_SHOWS = 0.01  # seconds; in runs that take longer it does not matter whether workers slept before
@@ -159,14 +159,14 @@ class Runtime:
             model = float32_copy(onnx.load_from_string(model) if isinstance(model, bytes) else model)
         values: dict[str, np.ndarray] = {}
         if isinstance(model, onnx.ModelProto):
-            model, values = detached(model)
+            model, values = detached(model) if optimise else detached(model, 0)  # run once or twice: nothing is copied
             if values:  # a stored tensor that nothing reads is gone before its values come
                 read = {name for graph in graphs(model) for node in graph.node for name in node.input}
                 read |= {value.name for value in model.graph.output}
                 values = {name: array for name, array in values.items() if name in read}
         given = {name: ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C")) for name, array in values.items()}
         options.add_external_initializers(list(given), list(given.values()))
-        if values and not optimise:  # run once or twice: weights are read where they are, without a second copy
+        if values and not optimise:
             options.add_session_config_entry("session.disable_prepacking", "1")
         data = model if isinstance(model, bytes) else model.SerializeToString()
         try:
@@ -212,30 +212,24 @@ class _Float32Session(ort.InferenceSession):  # type: ignore[misc]
         return super().run(output_names, Runtime(as_float32=True).feeds(input_feed), run_options)
 
 
-def in_slices(names: Sequence[str], run: Callable[[tuple[str, ...]], Sequence[Any]]) -> Iterator[tuple[str, Any]]:
+def in_slices(sizes: Mapping[str, int], run: Callable[[tuple[str, ...]], Sequence[Any]]) -> Iterator[tuple[str, Any]]:
     """What a model gives for many tensors: some at a time, with a run for each slice, so that little is held at once.
 
     Args:
-        names: of the tensors.
+        sizes: bytes of the tensors, or about so many.
         run: from some of the names to their arrays, or the runtime's own values, by a session that has no other
             outputs: the runtime holds them all until the end of a run, whether they are asked for or not.
     """
-    start, length = 0, _FIRST_SLICE
-    while start < len(names):
-        values = list(run(tuple(names[start : start + length])))
-        held = sum(map(_bytes, values))
-        for name in names[start : start + length]:
-            yield name, values.pop(0)
-        start += length
-        length = max(int(length * min(_SLICE_BYTES / max(held, 1), 8.0)), 1)
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, ort.OrtValue) and value.has_value() and value.is_tensor():
-        return 4 * int(np.prod(value.shape(), dtype=np.int64))
-    if isinstance(value, tuple):
-        return sum(map(_bytes, value))
-    return int(getattr(value, "nbytes", 0))
+    names: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if names and held + size > _SLICE_BYTES:
+            yield from zip(names, run(tuple(names)), strict=True)
+            names, held = [], 0
+        names.append(name)
+        held += size
+    if names:
+        yield from zip(names, run(tuple(names)), strict=True)
 
 
 def expose(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

@@ -27,6 +27,13 @@ OUTSIDE = 1 << 16  # bytes from which on a tensor stays where it is
 MESSAGE = (1 << 31) - (1 << 26)  # bytes of tensors that one message may hold
 ALIGNED = 4096  # bytes: where a tensor begins in a file, so that it can be mapped
 _CHUNK = 1 << 24
+_WEIGHTS: dict[int, int] = {  # bytes of a number, of the types that NumPy knows and that no operator takes sizes in
+    TensorProto.FLOAT: 4,
+    TensorProto.DOUBLE: 8,
+    TensorProto.FLOAT16: 2,
+    TensorProto.INT8: 1,
+    TensorProto.UINT8: 1,
+}
 _PACKED = frozenset({TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1, TensorProto.STRING})
 
 
@@ -164,19 +171,46 @@ def _attach(tensor: onnx.TensorProto, path: Path, *, stays: bool) -> None:
     tensor.data_location = TensorProto.DEFAULT
 
 
-def detached(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """A message without its large initializers, and their values, where the whole is outside or too large for one."""
-    inline = sum(len(t.raw_data) for t in model.graph.initializer)
-    if inline <= MESSAGE and not any(map(is_outside, model.graph.initializer)):
+def detached(model: onnx.ModelProto, most: int | None = None) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A message without its large initializers, and their values, where the whole is outside or too large for one.
+
+    Args:
+        model: that may hold tensors itself, or name their places.
+        most: bytes of tensors that the message may keep; if not given, what one message can hold.
+    """
+    most, inline = MESSAGE if most is None else most, sum(map(_held, model.graph.initializer))
+    if inline <= most and not any(map(is_outside, model.graph.initializer)):
         return model, {}
-    small = onnx.ModelProto()
-    small.CopyFrom(model)
-    values = {}
-    for tensor, copy in zip(model.graph.initializer, small.graph.initializer, strict=True):
-        if is_outside(tensor) or (inline > MESSAGE and len(tensor.raw_data) >= OUTSIDE):
+    small, values = _but_initializers(model), {}
+    for tensor in model.graph.initializer:
+        if is_outside(tensor) or (inline > most and _held(tensor) >= OUTSIDE):
             values[tensor.name] = array_of(tensor)
-            copy.CopyFrom(_outside(tensor, "elsewhere", 0, values[tensor.name].nbytes))
+            small.graph.initializer.append(_outside(tensor, "elsewhere", 0, values[tensor.name].nbytes))
+        else:
+            small.graph.initializer.append(tensor)
     return small, values
+
+
+def _held(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor that its message holds as they are and that may be weights; they are not read to be counted."""
+    size = _WEIGHTS.get(int(tensor.data_type), 0) if tensor.HasField("raw_data") else 0
+    return size * int(np.prod(tensor.dims, dtype=np.int64))
+
+
+def _but_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without the main graph's initializers, which are not copied on the way."""
+    copy = onnx.ModelProto()
+    for part, of, but in ((copy, model, "graph"), (copy.graph, model.graph, "initializer")):
+        for field, value in of.ListFields():
+            if field.name == but:
+                continue
+            if field.is_repeated:
+                getattr(part, field.name).extend(value)
+            elif field.message_type is not None:
+                getattr(part, field.name).CopyFrom(value)
+            else:
+                setattr(part, field.name, value)
+    return copy
 
 
 def _outside(like: onnx.TensorProto, location: str, offset: int, length: int) -> onnx.TensorProto:

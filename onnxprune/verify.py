@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,12 +85,17 @@ def prove(
         how += "; values between QuantizeLinear and DequantizeLinear scaled, but not rounded"
     runtime = _suited([whole, cut], replace(runtime, provider="cpu"))
     repaired = {name for node in approximate for name in node.inputs if graph.is_stored(name)}
-    compared_names = [name for name in shared if name not in replaced and name not in repaired]
+    probes = analysis.shapes.probes
+    bulk = {  # bytes of the tensors of both models, at the larger of the sizes
+        name: 8 * max((math.prod(p.shapes[name]) for p in probes if name in p.shapes), default=0)
+        for name in shared
+        if name not in replaced and name not in repaired
+    }
 
     if runtime.as_float32:
         how += "; in float32 copies of both models"
     skip = _after_a_ranking(graph)
-    inside = size_nodes(graph, analysis.shapes.probes)[1]
+    inside = size_nodes(graph, probes)[1]
     sizes = {name for index in inside for name in graph.nodes[index].outputs}
     worst, where, compared = 0.0, "", 0
     lost = "with the other branch taken, the original runs and the cut model does not"
@@ -98,7 +104,7 @@ def prove(
         if given is None:
             continue
         both = functools.partial(_side_by_side, runtime, (silent, {**feed, **given}), (new, feed))
-        for name, (a, b) in in_slices(compared_names, both):
+        for name, (a, b) in in_slices(bulk, both):
             if name in skip or not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
                 continue
             if name in graph.outputs and (a.shape != b.shape or a.dtype != b.dtype):
