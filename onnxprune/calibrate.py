@@ -25,6 +25,7 @@ from onnxprune.precision import NARROW, float32_copy, types
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, check_finite
 from onnxprune.runtime import Runtime
+from onnxprune.scores import Scored, gives_scores
 from onnxprune.segments import Segments, late_order
 from onnxprune.shelf import Shelf, Shelved
 from onnxprune.statistics import FOLDS, Statistics, Sums
@@ -36,7 +37,7 @@ Arrays = dict[str, np.ndarray]  # new values of stored tensors, in their origina
 
 
 Folds = Sequence[Sequence[Statistics]]  # per group of a reader's convolution, per fold
-Fitter = Callable[[Reader, Folds, Sequence[Samples], Map], Arrays]
+Fitter = Callable[[Reader, Folds, Sequence[Samples], Sequence[Scored], Map], Arrays]
 BlockFitter = Callable[[Network, Taking, Arrays], Arrays]
 Recall = Callable[[Reader | Block], Arrays | None]
 
@@ -98,8 +99,8 @@ class Sweep:
         """Visit every reader and block.
 
         Args:
-            fit: turns a reader's statistics, and samples of every fold, into new stored tensors; it is given what
-                works on several things at a time.
+            fit: turns a reader's statistics, and samples of every fold where a limiter or scores of classes are behind
+                it, into new stored tensors; it is given what works on several things at a time.
             fit_block: the same for a block, and what was taken in of what it reads and should give.
             progress: advanced by one per reader.
             recall: what an earlier run fitted to a reader or a block, where it came so far; the network is then
@@ -211,14 +212,16 @@ class Sweep:
         rows: Shelf | None,
         states: Sequence[Shelved],
         spread: Map,
-    ) -> tuple[Folds, list[Samples]]:
+    ) -> tuple[Folds, list[Samples], list[Scored]]:
         """What a reader is fitted to: sums, and samples where rows have a shelf and a fit asks for them."""
         count = len(self.batches.data)
+        classes = rows is not None and gives_scores(self.analysis, reader, behind)
         samples = [None if rows is None else Samples.of(behind, reader, count, rows) for _ in range(FOLDS)]
-        found = spread(functools.partial(self._sum, reader, behind, shelf, states), range(FOLDS), samples)
+        scored = [Scored(behind.shift, count) if classes else None for _ in range(FOLDS)]
+        found = spread(functools.partial(self._sum, reader, behind, shelf, states), range(FOLDS), samples, scored)
         folds = list(zip(*found, strict=True))
         check_finite(reader, (each for part in folds for each in part), "the network as pruned so far")
-        return folds, [each for each in samples if each is not None]
+        return folds, [each for each in samples if each is not None], [each for each in scored if each is not None]
 
     def _sum(
         self,
@@ -228,6 +231,7 @@ class Sweep:
         states: Sequence[Shelved],
         fold: int,
         samples: Samples | None,
+        scored: Scored | None,
     ) -> list[Statistics]:
         """Sum up a fold: what the pruned network reads here, and what the original gave; per group of the layer."""
         batches, (group, width, outputs) = self.batches, reader.weights.shape
@@ -251,8 +255,10 @@ class Sweep:
                 target, shortcut = target[:, taken], None if shortcut is None else shortcut[:, taken]
             for part, r, t in zip(sums, rows, target, strict=True):
                 part.add(r, t)
+            numbers = batches.numbers(batch, len(x))[mine]
+            if scored is not None:
+                scored.add(numbers, rows[0], target[0])
             if samples is not None:
-                numbers = batches.numbers(batch, len(x))[mine]
                 numbers = (numbers[:, None] * each + np.arange(each)).reshape(-1)
                 samples.add(numbers, each, rows[0], target[0], shortcut[0] if shortcut is not None else None)
         return [part.statistics for part in sums]

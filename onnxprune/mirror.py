@@ -13,9 +13,9 @@ import numpy as np
 import onnxruntime as ort
 
 from onnxprune.data import Calibration, InputSpec
+from onnxprune.divergence import deviation
 from onnxprune.images import is_float, model_layout
 from onnxprune.progress import Progress
-from onnxprune.sensitivity import deviation
 
 _LOOKED_AT = 32  # records
 _ALIKE = 0.2  # of what another image changes

@@ -34,6 +34,7 @@ from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers, matrices_of
 from onnxprune.reconstruct import Fit, fit, refine, solve
 from onnxprune.runtime import Runtime
+from onnxprune.scores import Scored, sharpen
 from onnxprune.select import Problem, Ranking
 from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights, with_errors
 from onnxprune.sensitivity import Variants, measure
@@ -283,7 +284,9 @@ class Chooser:
         runner = Sweep(self.analysis, cut, answers, self.runtime, arrays, self.room, self.effort.together)
         steps = Steps(self, counts, pending)
 
-        def fit_reader(reader: Reader, folds: Folds, samples: Sequence[Samples], spread: Map) -> Arrays:
+        def fit_reader(
+            reader: Reader, folds: Folds, samples: Sequence[Samples], scored: Sequence[Scored], spread: Map
+        ) -> Arrays:
             together = [a + b for a, b in folds]
             for group in [g for g in reader.columns if g in pending]:
                 info = self.analysis.groups[group]
@@ -298,6 +301,9 @@ class Chooser:
                     side.narrow(left)
                 energy = sum(side.energy for side in samples)
                 fits = [refine(fits[0], samples, energy, left, reader.weights[0], spread)]
+            if scored:
+                halves = [fit([fold], left, reader.weights[0], [fits[0].ridge]) for fold in folds[0]]
+                fits = [sharpen(fits[0], halves, scored, left, spread)]
             return self._fitted(reader, fits, silent)
 
         if not answers.are_known:  # after a run that was stopped, on a cluster, or with more samples than are fitted to

@@ -13,6 +13,7 @@ from onnxprune.calibrate import Arrays, BlockFitter, Fitter, Folds
 from onnxprune.joint import Network
 from onnxprune.parallel import Map
 from onnxprune.readers import Reader
+from onnxprune.scores import Scored
 from onnxprune.surroundings import Samples
 from onnxprune.taking import Taking
 
@@ -41,9 +42,11 @@ class Steps:
     def reader(self, fit: Fitter) -> Fitter:
         """A fit that is noted down, with all that it changes in the chooser."""
 
-        def noted(reader: Reader, folds: Folds, samples: Sequence[Samples], spread: Map) -> Arrays:
+        def noted(
+            reader: Reader, folds: Folds, samples: Sequence[Samples], scored: Sequence[Scored], spread: Map
+        ) -> Arrays:
             chooser, before = self.chooser, len(self.chooser.notes)
-            found = fit(reader, folds, samples, spread)
+            found = fit(reader, folds, samples, scored, spread)
             chosen = [g for g in reader.columns if g in self.pending]
             about = {
                 "kept": {g: chooser.kept[g].tolist() for g in chosen},

@@ -15,9 +15,10 @@ from scipy.special import softmax
 from onnxprune import prune
 from onnxprune.batches import Batches
 from onnxprune.data import load_calibration
+from onnxprune.divergence import deviation, unsquashed, yardsticks
 from onnxprune.memory import Room
 from onnxprune.progress import Progress
-from onnxprune.sensitivity import Variants, deviation, measure, unsquashed, yardsticks
+from onnxprune.sensitivity import Variants, measure
 
 HALF = np.log([[0.5, 0.5]])  # does not vary
 SKEW = np.log([[0.25, 0.75]])
