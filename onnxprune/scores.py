@@ -30,6 +30,7 @@ from onnxprune.reconstruct import Fit
 from onnxprune.surroundings import Behind
 
 _CLOSENESS = (16.0, 4.0, 1.0)  # c: as far from the least-squares fit as samples that were not fitted to gain
+_WORSE = 1.05  # times the squared error of scores may be, of samples that were not fitted to
 _STEPS = 24  # of the quasi-Newton method, at most
 _HISTORY = 4  # steps that it remembers: each costs twice the memory of the weights
 _DAMPING = 1e-3  # of the Gram matrix, relative to the mean of its diagonal
@@ -58,7 +59,8 @@ def gives_scores(analysis: Analysis, reader: Reader, behind: Behind) -> bool:
         if not shifts and node.op not in _PASSING:
             return False
         name = node.outputs[0]
-    return shapes.shape(name) == (shape[0], count)
+    each_alone = any(node.op == "Sigmoid" for node in graph.consumers.get(name, ()))  # no answer excludes another
+    return shapes.shape(name) == (shape[0], count) and not each_alone
 
 
 @dataclass(eq=False)
@@ -136,15 +138,16 @@ def sharpen(start: Fit, halves: Sequence[Fit], sides: Sequence[Scored], kept: np
     heat = yardsticks([{"": side.wanted} for side in data])[""].temperature or 1.0
     alone = [half.weights[kept] for half in halves]
 
-    def judged(weights: Sequence[np.ndarray]) -> float:
-        return sum(other.lost(w, heat)[0] for w, other in zip(weights, reversed(data), strict=True))
+    def judged(weights: Sequence[np.ndarray]) -> tuple[float, float]:
+        pairs = list(zip(weights, reversed(data), strict=True))
+        return sum(other.lost(w, heat)[0] for w, other in pairs), sum(other.missed(w) for w, other in pairs)
 
-    closeness, least = 0.0, judged(alone)
-    now = list(alone)
+    closeness, now = 0.0, list(alone)
+    least, most = judged(alone)
     for far in _CLOSENESS:
         now = spread(functools.partial(_nearer, heat, far), [[side] for side in data], alone, now)
-        lost = judged(now)
-        if not lost < least:
+        lost, missed = judged(now)
+        if not (lost < least and missed <= _WORSE * most):
             break
         closeness, least = far, lost
     if not closeness:
