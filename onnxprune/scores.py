@@ -27,6 +27,7 @@ from onnxprune.divergence import unsquashed, yardsticks
 from onnxprune.parallel import Map
 from onnxprune.readers import Reader
 from onnxprune.reconstruct import Fit
+from onnxprune.statistics import FOLDS
 from onnxprune.surroundings import Behind
 
 _CLOSENESS = (16.0, 4.0, 1.0)  # c: as far from the least-squares fit as samples that were not fitted to gain
@@ -86,6 +87,7 @@ class Scored:
             wanted: (n, K).
         """
         step = -(-self.count * 4 * (rows.shape[1] + wanted.shape[1]) // _BYTES)
+        step += step % FOLDS == 0  # of every fold some
         taken = numbers % step == 0
         self.parts.append((rows[taken].astype(np.float32), (wanted[taken] + self.shift).astype(np.float32)))
 
@@ -132,7 +134,7 @@ def sharpen(start: Fit, halves: Sequence[Fit], sides: Sequence[Scored], kept: np
         kept: indices of the kept columns.
         spread: works on both sides.
     """
-    if not all(side.parts for side in sides) or start.weights[kept].size > _LARGEST:
+    if start.weights[kept].size > _LARGEST or not all(any(len(rows) for rows, _ in side.parts) for side in sides):
         return start
     data = [side.whole(kept) for side in sides]
     heat = yardsticks([{"": side.wanted} for side in data])[""].temperature or 1.0

@@ -103,6 +103,14 @@ def test_too_few_samples_are_not_believed() -> None:
         assert head.lost(found)[0] < 1.05 * head.lost(start)[0]
 
 
+@pytest.mark.parametrize("share", [1, 2, 3, 6])
+def test_of_many_samples_some_of_every_fold_are_kept(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = Head(2000)
+    monkeypatch.setattr("onnxprune.scores._BYTES", 4 * head.count * (COLUMNS + 1 + CLASSES) // share)
+    start, found = head.fitted()
+    assert head.lost(found)[0] < head.lost(start)[0]
+
+
 def test_nothing_taken_in_changes_nothing() -> None:
     start = Fit(np.ones((COLUMNS + 1, CLASSES)), 1e-3, 0.1)
     empty = [Scored(np.zeros(CLASSES), 10) for _ in range(2)]
