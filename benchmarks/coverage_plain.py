@@ -12,11 +12,11 @@ _ACTIVATIONS = {"LeakyRelu": ("alpha",), "HardSigmoid": ("alpha", "beta")}
 _NARROW = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
 
-def rounding(model: onnx.ModelProto) -> float | None:
-    """How far sums in another order may go, in parts of the largest value, where numbers have few bits."""
+def rounding(model: onnx.ModelProto) -> float:
+    """How far sums in another order may go, in parts of the largest value, where numbers have few bits; else 0."""
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return 5e-2  # a sum that lies between two steps may fall either way, and what follows goes on from there
-    return 5e-3 if any(tensor.data_type in _NARROW for tensor in model.graph.initializer) else None
+    return 5e-3 if any(tensor.data_type in _NARROW for tensor in model.graph.initializer) else 0.0
 
 
 def plain(model: onnx.ModelProto) -> onnx.ModelProto:
