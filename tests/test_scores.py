@@ -7,6 +7,7 @@ import pytest
 from builder import Builder, analysed
 from scipy.special import log_softmax
 
+from onnxprune.parallel import workers
 from onnxprune.readers import find_readers
 from onnxprune.reconstruct import Fit, fit
 from onnxprune.scores import Scored, gives_scores, sharpen
@@ -44,10 +45,6 @@ def test_scores_are_outputs_of_one_row_for_a_sample(name: str) -> None:
     assert gives_scores(analysis, reader, look_behind(analysis.graph, reader, available)) == expected
 
 
-def one_after_another(function, *items):  # type: ignore[no-untyped-def]
-    return list(map(function, *items))
-
-
 class Head:
     """A layer that lost a third of its columns, which the others do not quite make up for."""
 
@@ -73,7 +70,8 @@ class Head:
             sides.append(side)
         start = fit(folds, self.kept, self.weights)
         halves = [fit([fold], self.kept, self.weights, [start.ridge]) for fold in folds]
-        found = sharpen(start, halves, sides, self.kept, one_after_another)
+        with workers(1) as spread:
+            found = sharpen(start, halves, sides, self.kept, spread)
         assert not found.weights[: self.kept[0]].any()
         return start, found
 
@@ -114,4 +112,5 @@ def test_of_many_samples_some_of_every_fold_are_kept(share: int, monkeypatch: py
 def test_nothing_taken_in_changes_nothing() -> None:
     start = Fit(np.ones((COLUMNS + 1, CLASSES)), 1e-3, 0.1)
     empty = [Scored(np.zeros(CLASSES), 10) for _ in range(2)]
-    assert sharpen(start, [start, start], empty, np.arange(COLUMNS), one_after_another) is start
+    with workers(1) as spread:
+        assert sharpen(start, [start, start], empty, np.arange(COLUMNS), spread) is start

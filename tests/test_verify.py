@@ -27,5 +27,6 @@ def test_what_rounding_does_is_told_apart_from_a_wrong_cut(monkeypatch: pytest.M
     monkeypatch.setattr("onnxprune.verify._TOLERANCE", {"float32": 1e-9})  # less than rounding anywhere
     proof = prove(analysis, plan, rewrite(analysis, plan), feeds, RUNTIME)
     assert 1e-9 < proof.max_relative_difference < 1e-2
+    assert "roundings" in proof.inputs
     with pytest.raises(InternalError, match="the proof failed"):
         prove(analysis, plan, rewrite(analysis, other), feeds, RUNTIME)
