@@ -36,8 +36,12 @@ class Effort:
 
     @property
     def of_few(self) -> Effort:
-        """The same where samples are few: each is looked at in more of its positions, which costs little."""
-        return replace(self, thinned=1, products=math.inf) if self.together else self
+        """The same where samples are few.
+
+        Each is looked at in more of its positions, which costs little; damage is not measured on as many, or it would
+        cost more than all else.
+        """
+        return replace(self, thinned=1, products=math.inf, fewest=self.fewest // 2) if self.together else self
 
     def damage_samples(self, samples: int, groups: int) -> int:
         """Of so many samples, how many damage is measured on: a measurement runs half of the network, on average."""

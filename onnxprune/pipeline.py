@@ -86,6 +86,8 @@ class Chooser:
             for info in self.analysis.groups:
                 scales(info, self.analysis)
         self.readers = find_readers(self.analysis)
+        few = len(self.data) * (2 if self.mirrors else 1) < _FEW
+        self.effort = self.effort.of_few if few else self.effort
         # damage is measured on samples that the first reconstructions have not seen
         count = self.effort.damage_samples(len(self.data), len(self.analysis.groups))
         self.first, self.pricing = self.data.split(count) if count else (self.data, self.data)
@@ -95,8 +97,6 @@ class Chooser:
             self.mirrored, self.data = len(whole) - len(self.data), whole
         # statistics of all readers, and what is worked out from those of one
         sums = [8 * r.weights.shape[0] * r.width * (r.width + r.weights.shape[2]) for r in self.readers]
-        few = len(self.data) < _FEW
-        self.effort = self.effort.of_few if few else self.effort
         blocks = _FEW_BLOCKS if few else 1
         self.room = Room.of(self.memory, sum(sums) + 4 * max(sums, default=0), blocks)
 
