@@ -7,6 +7,7 @@ tensors has to be kept, and the original need not run beside the pruned network.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ class Answers:
         self._kept: dict[int, Shelved] = {}  # by batch
         self._sizes: dict[int, Sizes] = {}
         self._held = 0  # bytes of them in memory
+        self._counting = threading.Lock()
 
     def names(self, reader: Reader) -> list[str]:
         """Tensors of the original to find for a reader."""
@@ -88,10 +90,8 @@ class Answers:
             if view is not None:
                 view.settle(found[reader.layer.data], found[reader.layer.output])
 
-    def of(
-        self, readers: Sequence[Reader], batch: int, found: Mapping[str, np.ndarray]
-    ) -> tuple[dict[str, np.ndarray], Sizes]:
-        """What there is to keep of a batch for some readers, as the original gives it."""
+    def take(self, readers: Sequence[Reader], batch: int, found: Mapping[str, np.ndarray]) -> None:
+        """Keep what there is to keep of a batch for some readers, as the original gives it; on any thread."""
         kept, sizes = {}, {}
         for reader in readers:
             tensors = {"": found[reader.layer.output]}
@@ -104,14 +104,11 @@ class Answers:
                 kept[f"{reader.index}{which}"] = reader.unfolding.targets(tensor, positions)
                 if view is not None:
                     kept[f"{reader.index}{which}view"] = view.given(batch, reader, tensor)
-        return kept, sizes
-
-    def add(self, batch: int, kept: Mapping[str, np.ndarray], sizes: Sizes) -> None:
-        """Keep it."""
         size = sum(array.nbytes for array in kept.values())
-        shelved = self.shelf.put(kept, self._held + size)
-        self._held += size if self._held + size <= self.shelf.limit else 0
-        self._kept[batch] = {**self._kept.get(batch, {}), **shelved}
+        with self._counting:
+            together = self._held + size
+            self._held += size if together <= self.shelf.limit else 0
+        self._kept[batch] = {**self._kept.get(batch, {}), **self.shelf.put(kept, together)}
         self._sizes[batch] = {**self._sizes.get(batch, {}), **sizes}
 
     def at_positions(self, reader: Reader, batch: int) -> Answer:

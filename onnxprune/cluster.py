@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnx
 
 from onnxprune import blas
@@ -20,12 +21,13 @@ from onnxprune.analysis import Analysis
 from onnxprune.batches import Batches
 from onnxprune.collecting import collect
 from onnxprune.errors import InputError
+from onnxprune.memory import frugal
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader
 from onnxprune.runtime import Runtime
 from onnxprune.statistics import Statistics
 
-_SHARDS = 4  # per worker and round: few enough to be worth a session, many enough to spread
+_SHARDS = 2  # per worker and round: few, as each begins with sessions and memory of its own, but more than one
 _SENT = 256 << 20  # bytes of inputs that are on the way at once
 _SECONDS = 30  # to wait for a scheduler
 
@@ -84,11 +86,10 @@ def collect_on(
 def _rounds(batches: Batches, workers: int) -> Iterator[list[list[int]]]:
     """Shards, as lists of batches, that are sent together."""
     each = max(sum(array.nbytes for array in batches.feeds(0).values()), 1)
-    together = max(min(_SENT // each, len(batches)), 1)
-    for first in range(0, len(batches), together):
-        part = list(range(first, min(first + together, len(batches))))
-        size = -(-len(part) // (_SHARDS * max(workers, 1)))
-        yield [part[k : k + size] for k in range(0, len(part), size)]
+    everything = np.arange(len(batches))
+    for part in np.array_split(everything, -(-len(batches) // max(_SENT // each, 1))):
+        shards = min(_SHARDS * max(workers, 1), len(part))
+        yield [shard.tolist() for shard in np.array_split(part, shards)]
 
 
 def _held(common: Common) -> Common:
@@ -98,7 +99,8 @@ def _held(common: Common) -> Common:
 
 def _sums(common: Common, batches: Batches) -> Sums:
     analysis, readers, runtime = common
-    with blas.threads(max(r.width for r in readers), runtime.threads):
+    # workers of Dask give back what goes at once, and to ask for it anew takes a seventh of the time
+    with blas.threads(max(r.width for r in readers), runtime.threads), frugal():
         return collect(analysis, readers, batches, runtime, Progress())
 
 

@@ -105,9 +105,7 @@ def collect(
                 if answers is not None and answering:
                     if not wave.start:
                         answers.settle(answering, found[0])
-                    kept = spread(functools.partial(answers.of, answering), found.keys(), found.values())
-                    for batch, part in zip(wave, kept, strict=True):
-                        answers.add(batch, *part)
+                    spread(functools.partial(answers.take, answering), found.keys(), found.values())
                 spread(functools.partial(add, found=found), summing)
                 for batch, tensors in found.items():
                     states[batch] = shelf.put({name: tensors[name] for name in stretch.passed}, together)

@@ -26,8 +26,9 @@ _STEPS = 16  # of a pass: as many parts
 _SOUNDED = 4, 8  # of so many samples one, at least and at most, tells the metric and the length of the steps
 _SOUNDINGS = 16  # positions per column that are to be left for that
 _MOMENTUM = 0.8
-_POWER = 4  # rounds of power iteration
+_POWER = 4  # rounds of power iteration, at most
 _SAFETY = 1.2  # how much larger the largest eigenvalue may be than those rounds say
+_DOUBT = 3.0  # and than fewer of them say
 _NOISE = 0.05  # of a part, that steps may take over: times rows for a column it bounds their length
 _WORTH = 1e-2  # of the error at the start: what a pass has to gain for another one to be made
 _ROWS_PER_COLUMN = 64  # of those that the metric is made of, at most: what is seldom active must not be overlooked
@@ -53,12 +54,13 @@ def fit_block(net: Network, parts: Sequence[Part], data: BlockData, held_out: Bl
         columns = max(*(int(part.free.any(axis=2).sum(axis=1).max()) for part in parts), 1)
         rows = data.least[0].size / data.least[0].shape[net.block.axis]
         sounded = int(np.clip(rows / (_SOUNDINGS * columns), *_SOUNDED))
-        try:
-            metric = _Metric(loss, weights, _chunks(data, np.arange(0, len(data), sounded)))
-        except np.linalg.LinAlgError:  # activations so large that their squares are no numbers
-            return None
         steps = min(_STEPS, len(data))
         noise = _NOISE * (1.0 - _MOMENTUM) * rows / steps / columns
+        gentle = 1.0 / (_SAFETY * noise)
+        try:
+            metric = _Metric(loss, weights, _chunks(data, np.arange(0, len(data), sounded)), gentle)
+        except np.linalg.LinAlgError:  # activations so large that their squares are no numbers
+            return None
         length = min(1.0 / (_SAFETY * metric.steepest), noise)
         best = None
         for _ in range(PASSES):
@@ -132,6 +134,7 @@ class _Metric:
         loss: of the block.
         weights: where it is looked at.
         chunks: some of the samples.
+        gentle: how steep the loss may be without a say in the length of the steps: it need not be known exactly then.
 
     Attributes:
         count: of these samples.
@@ -139,19 +142,22 @@ class _Metric:
             gradient; 1 if the layers were alone and their outputs mattered alike.
     """
 
-    def __init__(self, loss: _Loss, weights: Vector, chunks: Sequence[BlockData]) -> None:
+    def __init__(self, loss: _Loss, weights: Vector, chunks: Sequence[BlockData], gentle: float) -> None:
         self.parts, self.count, spread = loss.parts, sum(map(len, chunks)), loss.spread
         states: list[State] = spread(lambda chunk: loss.look(weights, chunk), chunks)
         maps: list[Linear] = spread(loss.linear, chunks, states)
         numbers = range(len(self.parts))
         self._factors = spread(lambda k: _factors(loss, k, weights, states[0], [m.rows[k] for m in maps]), numbers)
         gradient = _total(spread(lambda linear, state: linear.backward(state.missing), maps, states))
+        ahead = self.solve(gradient)
         for _ in range(_POWER):
-            ahead = self.solve(gradient)
             ahead = [a / np.sqrt(_dot(gradient, ahead)) for a in ahead]
             turn = functools.partial(_turned, ahead)
-            gradient = _total(spread(turn, maps))
-        self.steepest = _dot(gradient, self.solve(gradient)) / _dot(gradient, ahead)
+            gradient, before = _total(spread(turn, maps)), ahead
+            ahead = self.solve(gradient)
+            self.steepest = _dot(gradient, ahead) / _dot(gradient, before)
+            if _DOUBT * self.steepest < gentle:
+                break
 
     def solve(self, gradient: Vector) -> Vector:
         """The step that would do if every layer stood alone."""

@@ -37,6 +37,7 @@ _NOT_IN_ITS_TYPES = (
     "onnxruntime has no kernels for the types of this model: it was run, proven and compared in float32 copies, and"
     " latency was not measured"
 )
+_TIMED = 1.0  # seconds for the latency of both files in the report
 _FINISHED_AT_MOST = 3  # networks, where the first do not keep a promise about time
 
 
@@ -148,7 +149,7 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
         if runtime.as_float32:
             warnings.append(_NOT_IN_ITS_TYPES)
         else:
-            times = measure_latency(sessions, prepared.deployed, runtime)
+            times = measure_latency(sessions, prepared.deployed, runtime, seconds=_TIMED)
         fidelity = None
         if prepared.held_out is not None:
             fidelity = measure_fidelity(

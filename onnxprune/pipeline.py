@@ -123,7 +123,8 @@ class Chooser:
             run = functools.partial(collect_on, self.dask) if self.dask else functools.partial(collect, room=self.room)
         else:  # what sweeps need comes with it
             data, batches = self.data, answers.batches
-            run = functools.partial(collect, summed=len(self.first), answers=answers, room=self.room)
+            summed = -(-len(self.first) // self.effort.ranked)
+            run = functools.partial(collect, summed=summed, answers=answers, room=self.room)
         with self.progress.stage("calibrate", len(data)):
             found = run(self.analysis, chosen, batches, self.runtime, self.progress) if chosen else []
         self.statistics = {r.index: s for r, s in zip(chosen, found, strict=True)}
@@ -300,7 +301,9 @@ class Chooser:
                 for side in samples:
                     side.narrow(left)
                 energy = sum(side.energy for side in samples)
-                fits = [refine(fits[0], samples, energy, left, reader.weights[0], spread)]
+                whole = all(side.is_whole for side in samples)
+                gram = np.sum([fold.of(left).gram for fold in folds[0]], axis=0) if whole else None
+                fits = [refine(fits[0], samples, energy, left, reader.weights[0], spread, gram)]
             if scored:
                 halves = [fit([fold], left, reader.weights[0], [fits[0].ridge]) for fold in folds[0]]
                 fits = [sharpen(fits[0], halves, scored, left, spread)]

@@ -19,7 +19,7 @@ from scipy.linalg import cho_factor, cho_solve
 from onnxprune.parallel import Map
 from onnxprune.statistics import Gram, Statistics
 
-_REFINEMENTS = 8
+_REFINEMENTS = 4
 _RELAXATION = 1.5  # steps of majorisation are short; over-relaxation below 2 keeps them descending
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean of the Gram matrix' diagonal
 
@@ -132,7 +132,13 @@ Chunk = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def refine(
-    start: Fit, sides: Sequence[Iterable[Chunk]], energy: float, kept: np.ndarray, prior: np.ndarray, spread: Map
+    start: Fit,
+    sides: Sequence[Iterable[Chunk]],
+    energy: float,
+    kept: np.ndarray,
+    prior: np.ndarray,
+    spread: Map,
+    gram: np.ndarray | None = None,
 ) -> Fit:
     """Fit what comes out of the limiter behind the layer, rather than what goes in.
 
@@ -149,8 +155,11 @@ def refine(
         kept: indices of the kept columns.
         prior: (p, o) the weights to shrink towards, as in `fit`.
         spread: works on the sides.
+        gram: (kept, kept) ``X'X`` of all rows; None where it is to be found.
     """
-    gram: np.ndarray = functools.reduce(operator.add, spread(functools.partial(_gram, len(kept)), sides))
+    if gram is None:
+        gram = functools.reduce(operator.add, spread(functools.partial(_gram, len(kept)), sides))
+    gram = gram.copy()
     energy = max(energy, np.finfo(float).tiny)
     bias = kept == len(prior) - 1
     ridge = np.full(len(kept), max(start.ridge, RIDGES[0]) * max(float(np.diag(gram).mean()), np.finfo(float).tiny))

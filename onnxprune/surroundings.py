@@ -120,6 +120,7 @@ class Samples:
         waiting: rows that are not yet enough for a part.
         parts: the (n, p) rows, and the (n, o) least and largest outputs that are as good as the original's.
         energy: of the original's outputs there.
+        is_whole: whether all rows found room.
     """
 
     saturation: Saturation
@@ -131,6 +132,7 @@ class Samples:
     parts: list[Shelved] = field(default_factory=list)
     together: int = 0
     energy: float = 0.0
+    is_whole: bool = True
 
     @staticmethod
     def of(behind: Behind, reader: Reader, count: int, shelf: Shelf) -> Samples | None:
@@ -157,6 +159,7 @@ class Samples:
         while math.gcd(step, each) > 1:  # else some positions of the samples would never be looked at
             step += 1
         chosen = numbers % step == 0
+        self.is_whole &= step == 1
         self.together = self.count * each * self.width // step
         offset = np.broadcast_to(self.shift, wanted.shape) if shortcut is None else shortcut + self.shift
         self.energy += squared(wanted[chosen])

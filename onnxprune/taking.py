@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -94,11 +94,20 @@ class Taking:
     def _parted(self, arrays: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The arrays of all batches as two, of which the second one is held out; nothing is left of the parts."""
         batches = sorted(arrays)
-        held_out = {batch: self.records[batch] % JUDGING == 0 for batch in batches}
-        seen = np.concatenate([arrays[batch][~held_out[batch]] for batch in batches])
-        unseen = np.concatenate([arrays[batch][held_out[batch]] for batch in batches])
+        held_out = [self.records[batch] % JUDGING == 0 for batch in batches]
+        parts = [arrays[batch] for batch in batches]
+        found = _joined(parts, [~each for each in held_out]), _joined(parts, held_out)
         arrays.clear()
-        return seen, unseen
+        return found
+
+
+def _joined(parts: Sequence[np.ndarray], chosen: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of several arrays as one, each copied once."""
+    counts = [int(each.sum()) for each in chosen]
+    found = np.empty((sum(counts), *parts[0].shape[1:]), np.result_type(*parts))
+    for part, each, stop, count in zip(parts, chosen, np.cumsum(counts), counts, strict=True):
+        np.take(part, np.flatnonzero(each), axis=0, out=found[stop - count : stop], mode="clip")  # else it is buffered
+    return found
 
 
 def _energy(wanted: Mapping[int, np.ndarray], valid: Mapping[int, np.ndarray]) -> float:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxprune.reconstruct import RIDGES, Saturation, fit, solve
+from onnxprune.parallel import workers
+from onnxprune.reconstruct import RIDGES, Saturation, fit, refine, solve
 from onnxprune.statistics import Statistics, Sums
 
 COLUMNS, OUTPUTS = 8, 3  # the last column is the bias
@@ -215,6 +216,31 @@ def test_what_is_as_good_behind_a_limiter_comes_out_of_it_alike(
     assert (most[~cut_off] == wanted[~cut_off]).all()
     assert (least <= wanted + 1e-12).all()
     assert (wanted <= most + 1e-12).all()
+
+
+def test_a_layer_is_refined_for_what_comes_out_of_the_limiter() -> None:
+    """Where the original is cut off its output says nothing, which least squares do not know."""
+    rng = np.random.default_rng(0)
+    x, prior = rows(400, rng), rng.standard_normal((COLUMNS, OUTPUTS))
+    wanted, kept = x @ prior, np.array([0, 2, 3, 5, 7])
+    least, most = Saturation(np.ones(OUTPUTS), 0.0, np.inf).interval(wanted, np.zeros_like(wanted))
+    start = fit(halves(x, wanted), kept, prior)
+    sides = [[(x[k::2, kept], least[k::2], most[k::2])] for k in range(2)]
+
+    def error(weights: np.ndarray) -> float:
+        return float(np.square(x @ weights - np.clip(x @ weights, least, most)).sum())
+
+    energy = float(np.square(wanted).sum())
+    with workers(1) as spread:
+        found = refine(start, sides, energy, kept, prior, spread)
+    assert error(found.weights) == pytest.approx(found.error * energy) and error(found.weights) < 0.8 * error(
+        start.weights
+    )
+    assert (np.delete(found.weights, kept, axis=0) == 0).all()
+    # what is known of the rows need not be found again
+    with workers(1) as spread:
+        known = refine(start, sides, energy, kept, prior, spread, x[:, kept].T @ x[:, kept])
+    np.testing.assert_allclose(known.weights, found.weights, rtol=1e-9, atol=1e-12)
 
 
 def test_solve_takes_more_ridge_where_rounding_leaves_no_positive_matrix() -> None:
