@@ -56,9 +56,8 @@ def fit_block(net: Network, parts: Sequence[Part], data: BlockData, held_out: Bl
         sounded = int(np.clip(rows / (_SOUNDINGS * columns), *_SOUNDED))
         steps = min(_STEPS, len(data))
         noise = _NOISE * (1.0 - _MOMENTUM) * rows / steps / columns
-        gentle = 1.0 / (_SAFETY * noise)
         try:
-            metric = _Metric(loss, weights, _chunks(data, np.arange(0, len(data), sounded)), gentle)
+            metric = _Metric(loss, weights, _chunks(data, np.arange(0, len(data), sounded)), noise)
         except np.linalg.LinAlgError:  # activations so large that their squares are no numbers
             return None
         length = min(1.0 / (_SAFETY * metric.steepest), noise)
@@ -134,7 +133,7 @@ class _Metric:
         loss: of the block.
         weights: where it is looked at.
         chunks: some of the samples.
-        gentle: how steep the loss may be without a say in the length of the steps: it need not be known exactly then.
+        longest: no step will be longer, so that less need be known of what is not steep.
 
     Attributes:
         count: of these samples.
@@ -142,7 +141,7 @@ class _Metric:
             gradient; 1 if the layers were alone and their outputs mattered alike.
     """
 
-    def __init__(self, loss: _Loss, weights: Vector, chunks: Sequence[BlockData], gentle: float) -> None:
+    def __init__(self, loss: _Loss, weights: Vector, chunks: Sequence[BlockData], longest: float) -> None:
         self.parts, self.count, spread = loss.parts, sum(map(len, chunks)), loss.spread
         states: list[State] = spread(lambda chunk: loss.look(weights, chunk), chunks)
         maps: list[Linear] = spread(loss.linear, chunks, states)
@@ -156,7 +155,7 @@ class _Metric:
             gradient, before = _total(spread(turn, maps)), ahead
             ahead = self.solve(gradient)
             self.steepest = _dot(gradient, ahead) / _dot(gradient, before)
-            if _DOUBT * self.steepest < gentle:
+            if _DOUBT * _SAFETY * self.steepest * longest < 1.0:
                 break
 
     def solve(self, gradient: Vector) -> Vector:

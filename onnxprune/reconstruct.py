@@ -159,14 +159,13 @@ def refine(
     """
     if gram is None:
         gram = functools.reduce(operator.add, spread(functools.partial(_gram, len(kept)), sides))
-    gram = gram.copy()
+    diagonal = np.diag(gram)
     energy = max(energy, np.finfo(float).tiny)
     bias = kept == len(prior) - 1
-    ridge = np.full(len(kept), max(start.ridge, RIDGES[0]) * max(float(np.diag(gram).mean()), np.finfo(float).tiny))
-    ridge[bias] = 1e-9 * np.diag(gram)[bias]
-    gram[np.diag_indices_from(gram)] += ridge
+    ridge = np.full(len(kept), max(start.ridge, RIDGES[0]) * max(float(diagonal.mean()), np.finfo(float).tiny))
+    ridge[bias] = 1e-9 * diagonal[bias]
     try:
-        factor = cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)
+        factor = cho_factor(gram + np.diag(ridge), lower=True, overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError:
         return start
     weights, losses = start.weights[kept], []

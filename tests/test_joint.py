@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from builder import RUNTIME, Builder, analysed
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxprune import views
@@ -268,6 +268,7 @@ def test_forward_is_how_the_outputs_change(make: Callable[[Builder], str], k: in
     group=st.sampled_from([1, 2]),
     transposed=st.booleans(),
 )
+@settings(deadline=None)
 def test_adjoints_of_convolutions(
     kernel: int, stride: int, dilation: int, pad: int, extra: int, group: int, transposed: bool
 ) -> None:

@@ -233,9 +233,8 @@ def test_a_layer_is_refined_for_what_comes_out_of_the_limiter() -> None:
     energy = float(np.square(wanted).sum())
     with workers(1) as spread:
         found = refine(start, sides, energy, kept, prior, spread)
-    assert error(found.weights) == pytest.approx(found.error * energy) and error(found.weights) < 0.8 * error(
-        start.weights
-    )
+    assert error(found.weights) == pytest.approx(found.error * energy)
+    assert error(found.weights) < 0.8 * error(start.weights)
     assert (np.delete(found.weights, kept, axis=0) == 0).all()
     # what is known of the rows need not be found again
     with workers(1) as spread:
