@@ -13,7 +13,6 @@ class Effort:
     Attributes:
         samples: of the data, at most.
         thinned: of the positions that sums are made of, one in so many is looked at.
-        ranked: of the samples, one in so many is summed up before anything is fitted, for ranks and for prices.
         levels: kept shares at which a group's loss is measured.
         passes: all of these measurements cost about as much as so many passes over the data.
         fewest: samples that they are made on, at least.
@@ -27,7 +26,6 @@ class Effort:
 
     samples: int
     thinned: int
-    ranked: int
     levels: tuple[float, ...]
     passes: float
     fewest: int
@@ -39,7 +37,7 @@ class Effort:
     @property
     def of_few(self) -> Effort:
         """The same where samples are few: each is looked at in more of its positions, which costs little."""
-        return replace(self, thinned=1, ranked=1, products=math.inf) if self.together else self
+        return replace(self, thinned=1, products=math.inf) if self.together else self
 
     def damage_samples(self, samples: int, groups: int) -> int:
         """Of so many samples, how many damage is measured on: a measurement runs half of the network, on average."""
@@ -47,8 +45,8 @@ class Effort:
         return min(max(wanted, self.fewest), self.most, samples // 2)
 
 
-# two widths say what damage is, with a group's own errors between them, and some thirty samples: with three times as
-# many, ResNet-56 at 2.5x came out no nearer to the original on 1,000 others (three draws of the data)
-THOROUGH = Effort(5000, 1, 1, (0.7, 0.4, 0.1), 2.0, 96, 256, 1000, True)
-BALANCED = Effort(2500, 4, 2, (0.4, 0.1), 0.75, 32, 256, 1000, True, 8e9)
-QUICK = Effort(1000, 4, 1, (0.4, 0.1), 0.5, 24, 64, 0, False)
+# between the widths a group's own errors tell what damage is, and some thirty samples will do: with three times as many
+# ResNet-56 at 2.5x came out alike on others (three draws of the data)
+THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 2.0, 96, 256, 1000, True)
+BALANCED = Effort(2500, 4, (0.7, 0.4, 0.1), 1.0, 32, 256, 1000, True, 8e9)
+QUICK = Effort(1000, 4, (0.4, 0.1), 0.5, 24, 64, 0, False)

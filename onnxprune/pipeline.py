@@ -123,8 +123,7 @@ class Chooser:
             run = functools.partial(collect_on, self.dask) if self.dask else functools.partial(collect, room=self.room)
         else:  # what sweeps need comes with it
             data, batches = self.data, answers.batches
-            summed = -(-len(self.first) // self.effort.ranked)
-            run = functools.partial(collect, summed=summed, answers=answers, room=self.room)
+            run = functools.partial(collect, summed=len(self.first), answers=answers, room=self.room)
         with self.progress.stage("calibrate", len(data)):
             found = run(self.analysis, chosen, batches, self.runtime, self.progress) if chosen else []
         self.statistics = {r.index: s for r, s in zip(chosen, found, strict=True)}

@@ -19,7 +19,7 @@ from scipy.linalg import cho_factor, cho_solve
 from onnxprune.parallel import Map
 from onnxprune.statistics import Gram, Statistics
 
-_REFINEMENTS = 4
+_REFINEMENTS = 8
 _RELAXATION = 1.5  # steps of majorisation are short; over-relaxation below 2 keeps them descending
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean of the Gram matrix' diagonal
 

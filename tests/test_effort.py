@@ -1,12 +1,7 @@
-import contextlib
-import math
-from typing import Any
-
 import numpy as np
 import pytest
 from cases import case_of
 
-from onnxprune import pipeline
 from onnxprune.data import load_calibration
 from onnxprune.effort import BALANCED, QUICK, THOROUGH
 from onnxprune.pipeline import Chooser
@@ -23,7 +18,7 @@ def test_few_samples_are_looked_at_as_thoroughly_as_many() -> None:
 
 @pytest.mark.parametrize(
     ("samples", "groups", "expected"),
-    [(2500, 54, 34), (2500, 5, 256), (1250, 54, 32), (40, 54, 20), (1, 3, 0)],
+    [(2500, 54, 32), (2500, 7, 238), (2500, 5, 256), (40, 54, 20), (1, 3, 0)],
     ids=str,
 )
 def test_damage_is_measured_on_a_part_of_the_samples(samples: int, groups: int, expected: int) -> None:
@@ -35,23 +30,10 @@ def test_damage_is_measured_on_a_part_of_the_samples(samples: int, groups: int, 
     [(999, {}, True), (1000, {}, False), (499, {"x": 3}, True), (500, {"x": 3}, False)],
     ids=str,
 )
-def test_few_samples_are_counted_with_their_mirror_images(
-    samples: int, mirrors: dict[str, int], few: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of few, all are summed up before anything is fitted; of more, every other one."""
+def test_few_samples_are_counted_with_their_mirror_images(samples: int, mirrors: dict[str, int], few: bool) -> None:
     analysis = case_of("chain").analysis
     shape = [d or 1 for d in analysis.graph.inputs[0].shape][1:]
     data = load_calibration(np.zeros((samples, *shape), np.float32), analysis.graph.inputs)
     chooser = Chooser(analysis, data, Runtime(threads=1), Progress(), "greedy", "auto", 0, mirrors=mirrors)
     assert chooser.effort == (BALANCED.of_few if few else BALANCED)
     assert len(chooser.pricing) == chooser.effort.damage_samples(samples, len(analysis.groups))
-    summed = []
-
-    def collected(*_: Any, **options: Any) -> list[Any]:
-        summed.append(options["summed"])
-        return []
-
-    monkeypatch.setattr(pipeline, "collect", collected)
-    with chooser.at_work(sweeping=True), contextlib.suppress(ValueError):  # nothing was found for any reader
-        chooser.collect()
-    assert summed == [math.ceil(len(chooser.first) / (1 if few else 2))]
