@@ -139,7 +139,7 @@ def cli() -> None:
 @with_memory
 @with_dask
 @click.option("--quick", is_flag=True, help="Fit every layer once: faster, less accurate.")
-@click.option("--thorough", is_flag=True, help="Look at more samples and positions, for longer.")
+@click.option("--thorough", is_flag=True, help="Look at more samples, positions and widths, for longer.")
 @click.option("--no-reconstruct", is_flag=True, help="Keep the weights as they are; only take channels out.")
 @with_layers
 @click.option("--resume", is_flag=True, help="Go on from where the same run was stopped.")

@@ -36,8 +36,12 @@ class Effort:
 
     @property
     def of_few(self) -> Effort:
-        """The same where samples are few: each is looked at in more of its positions, which costs little."""
-        return replace(self, thinned=1, products=math.inf) if self.together else self
+        """The same where samples are few.
+
+        Each is looked at in more of its positions, which costs little; damage is not measured on as many, or it would
+        cost more than all else.
+        """
+        return replace(self, thinned=1, products=math.inf, fewest=self.fewest // 2) if self.together else self
 
     def damage_samples(self, samples: int, groups: int) -> int:
         """Of so many samples, how many damage is measured on: a measurement runs half of the network, on average."""
@@ -45,8 +49,7 @@ class Effort:
         return min(max(wanted, self.fewest), self.most, samples // 2)
 
 
-# between the widths a group's own errors tell what damage is, and some thirty samples will do: with three times as many
-# ResNet-56 at 2.5x came out alike on others (three draws of the data)
+# few widths say what damage is, with a group's own errors between them; samples are better spent than widths
 THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 2.0, 96, 256, 1000, True)
-BALANCED = Effort(2500, 4, (0.7, 0.4, 0.1), 1.0, 32, 256, 1000, True, 8e9)
+BALANCED = Effort(2500, 4, (0.4, 0.1), 1.5, 96, 256, 1000, True, 8e9)
 QUICK = Effort(1000, 4, (0.4, 0.1), 0.5, 24, 64, 0, False)
