@@ -10,6 +10,7 @@ import pytest
 from builder import RUNTIME, Builder, analysed, run
 from cases import MODELS, RESIDUALS, SAMPLES, Case, case_of
 
+from onnxprune import surroundings
 from onnxprune.analysis import Analysis
 from onnxprune.answers import Answers
 from onnxprune.batches import Batches
@@ -24,6 +25,7 @@ from onnxprune.reconstruct import fit, solve
 from onnxprune.runtime import expose
 from onnxprune.shelf import Shelf
 from onnxprune.statistics import Gram, Statistics
+from onnxprune.surroundings import look_behind
 
 
 def sweep(case: Case, fitter: Callable[[Reader, list[list[Statistics]], Arrays], Arrays], start: Arrays) -> Arrays:
@@ -253,3 +255,21 @@ def test_a_part_without_rows_adds_nothing_and_nothing_is_printed(kind: type, cap
     gram.add(np.empty((0, 3), kind))
     np.testing.assert_array_equal(gram.value, np.zeros((3, 3)))
     assert capfd.readouterr() == ("", "")
+
+
+def test_rows_that_find_no_room_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of("chain")
+    reader = next(r for r in case.readers if r.layer.node.label == "b")
+    behind = look_behind(case.graph, reader, set())
+    rng, outputs = np.random.default_rng(0), reader.weights.shape[2]
+    rows, wanted = (rng.standard_normal((16, n)).astype(np.float32) for n in (reader.width, outputs))
+    for room, whole in ((1 << 20, True), (8 * 4 * (reader.width + 2 * outputs), False)):
+        monkeypatch.setattr(surroundings, "_SAMPLE_BYTES", room)
+        with Shelf(1 << 20) as shelf:
+            samples = surroundings.Samples.of(behind, reader, 8, shelf)
+            assert samples is not None
+            samples.add(np.arange(16), 2, rows, wanted, None)
+            samples.narrow(np.arange(reader.width))
+            found = np.concatenate([part for part, _, _ in samples])
+        assert samples.is_whole is whole
+        assert (len(found) == len(rows)) is whole

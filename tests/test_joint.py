@@ -13,7 +13,7 @@ from builder import RUNTIME, Builder, analysed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxprune import views
+from onnxprune import descent, views
 from onnxprune.analysis import Analysis
 from onnxprune.answers import Answer
 from onnxprune.batches import JUDGING, Batches
@@ -31,6 +31,7 @@ from onnxprune.joint import (
     stored_tensors,
 )
 from onnxprune.layers import Layer
+from onnxprune.parallel import workers
 from onnxprune.readers import find_readers
 from onnxprune.reconstruct import Saturation
 from onnxprune.surroundings import look_behind
@@ -388,6 +389,19 @@ def test_a_fit_finds_its_way_back(make: Callable[[Builder], str], k: int) -> Non
     several = Network(case.analysis.graph, replace(RUNTIME, threads=4), case.block)
     for one, two in zip(found, fit_block(several, parts, seen, unseen) or [], strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("make", "k"), CASES, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_how_steep_a_loss_is_is_known_well_enough_after_one_round(make: Callable[[Builder], str], k: int) -> None:
+    """Where no step is long, the power iteration stops at once: it must not have missed more than is allowed for."""
+    case = Case(make, k, 40)
+    chunks = [case.exact_behind.take(part) for part in np.array_split(np.arange(40), 2)]
+    with workers(1) as spread:
+        loss = descent._Loss(case.net, case.parts, [1.0] * len(case.block.outer), spread)
+        weights = [p.weights + c for p, c in zip(case.parts, case.change(0.05), strict=True)]
+        early, exact = (descent._Metric(loss, weights, chunks, longest).steepest for longest in (0.0, np.inf))
+    assert early <= exact * (1 + 1e-6)
+    assert exact < descent._DOUBT * early
 
 
 def test_what_is_not_free_stays() -> None:
