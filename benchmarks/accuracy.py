@@ -15,6 +15,7 @@ import datetime
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -73,15 +74,28 @@ def digits(name: str) -> Case:
 
 
 def cifar(name: str, shared: Path) -> Case:
+    """The JPEG copy of the training images calibrates, that of the test images tests."""
+    data = shared / "data"
+    with np.load(data / "cifar10_test.npz") as file:
+        return _cifar(name, shared, data / "cifar10_calibration.npz", file["images"], file["labels"])
+
+
+def lossless(name: str, shared: Path, folder: Path) -> Case:
+    """Of some training images as they were, every other one calibrates; the rest tests."""
+    with np.load(shared / "data/cifar10_lossless_train4000.npz") as file:
+        images, labels = file["images"], file["labels"]
+    np.savez(folder / "lossless.npz", images=images[::2])
+    return replace(_cifar(name, shared, folder / "lossless.npz", images[1::2], labels[1::2]), name=f"{name} lossless")
+
+
+def _cifar(name: str, shared: Path, data: Path, images: np.ndarray, labels: np.ndarray) -> Case:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def test() -> Data:
-        with np.load(shared / "data/cifar10_test.npz") as file:
-            x = (file["images"].astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
-            return np.ascontiguousarray(x.transpose(0, 3, 1, 2)), file["labels"]
+        x = (images.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
+        return np.ascontiguousarray(x.transpose(0, 3, 1, 2)), labels
 
-    data = str(shared / "data/cifar10_calibration.npz")
-    options = ("--data", data, "--mean", ",".join(map(str, mean)), "--std", ",".join(map(str, std)))
+    options = ("--data", str(data), "--mean", ",".join(map(str, mean)), "--std", ",".join(map(str, std)))
     return Case(name, shared / f"models/{name}.onnx", options, test)
 
 
@@ -177,7 +191,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("--only", default="", help="networks whose name contains this regular expression")
     parser.add_argument("--speedups", default="1.5,2,3,4")
     parser.add_argument("--select", default="greedy,lasso,l1")
     parser.add_argument("--unfitted", action="store_true", help="each also without reconstruction")
@@ -192,8 +206,9 @@ def main() -> None:
         cases = [digits("digits_cnn"), digits("digits_resnet")]
         if (args.shared / "data").is_dir():
             cases += [cifar(n, args.shared) for n in ("resnet20", "resnet56", "resnet56_bn")]
+            cases += [lossless(n, args.shared, Path(folder)) for n in ("resnet20", "resnet56")]
             cases.append(squeezenet(args.shared, Path(folder)))
-        for case in (c for c in cases if args.only in c.name):
+        for case in (c for c in cases if re.search(args.only, c.name)):
             if args.effort:
                 option = f"--{args.effort}"
                 case = replace(case, name=f"{case.name} {option}", options=(*case.options, option))
