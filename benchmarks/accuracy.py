@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="networks whose name contains this regular expression")
     parser.add_argument("--speedups", default="1.5,2,3,4")
     parser.add_argument("--select", default="greedy,lasso,l1")
-    parser.add_argument("--unfitted", action="store_true", help="each also without reconstruction")
+    parser.add_argument("--fitted", default="yes", help="'yes', 'no' (without reconstruction) or 'yes,no'")
     parser.add_argument("--effort", choices=("quick", "thorough"), help="what --quick or --thorough gives")
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--threads", type=int, default=2)
@@ -216,8 +216,8 @@ def main() -> None:
             before, _ = accuracy(case.model, data)
             for select in args.select.split(","):
                 for speedup in map(float, args.speedups.split(",")):
-                    for reconstruct in (True, False) if args.unfitted else (True,):
-                        row = measure(case, data, before, speedup, select, reconstruct, args.threads)
+                    for fitted in args.fitted.split(","):
+                        row = measure(case, data, before, speedup, select, fitted == "yes", args.threads)
                         print(row, file=sys.stderr)
                         rows[row.key] = row
                         found = sorted(rows.values(), key=lambda r: r.key)
