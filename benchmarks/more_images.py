@@ -151,6 +151,12 @@ def silenced(model: onnx.ModelProto, removed: Mapping[str, Mapping[int, tuple[in
     made.CopyFrom(model)
     stored = {t.name: t for t in made.graph.initializer}
     stored |= {n.output[0]: a.t for n in made.graph.node if n.op_type == "Constant" for a in n.attribute}
+    for node in [n for n in made.graph.node if n.op_type == "Identity" and n.input[0] in stored]:
+        copy = made.graph.initializer.add()  # exporters store what several nodes share once
+        copy.CopyFrom(stored[node.input[0]])
+        copy.name = node.output[0]
+        stored[copy.name] = copy
+        made.graph.node.remove(node)
     for name, axes in removed.items():
         array = numpy_helper.to_array(stored[name]).copy()
         for axis, gone in axes.items():
