@@ -50,6 +50,11 @@ def from_items(items: Iterator[tuple[str, object]], where: str, name: str, reque
     def read(spec: InputSpec, index: int) -> Array:
         return convert_values(spec, records[index][spec.name], request.preprocessing, f"{where}, input '{spec.name}'")
 
+    if request.dynamic_batch and (several := max(min(map(len, record.values())) for record in records)) > 1:
+        warnings[
+            f"{where}: records are fed, and counted by the number of samples, as they come, although some are "
+            f"{several} long along the first axis; if that is a batch, give its samples one by one"
+        ] = None
     one_shape_each = len(shapes) == len(request.inputs)
     return Calibration(
         source=f"{name}, {count_text(len(records), len(records), 0)}",
