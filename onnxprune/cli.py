@@ -7,6 +7,7 @@ Exit statuses: 0 done, 1 a fault of onnxprune, 2 the model, the data or the opti
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import signal
 import sys
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from onnxprune.progress import Progress
 
 INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a stream that takes no more names no file
 
 _Group: type[click.Group] = DefaultGroup
 
@@ -121,8 +123,8 @@ def cli() -> None:
 )
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--report", "report_path", type=FILE, metavar="FILE.json", help="Write the report here; several as -o.")
-@with_data
-@with_sampling
+@with_data()
+@with_sampling("2500, with --quick 1000, with --thorough 5000")
 @with_mirror
 @with_threads
 @with_provider
@@ -221,8 +223,8 @@ def prune(
 @click.argument("model", type=FILE)
 @click.option("-o", "--output", type=FILE, metavar="FILE", help="Default: MODEL.stats.npz beside the model.")
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
-@with_data
-@with_sampling
+@with_data()
+@with_sampling("2500")
 @with_mirror
 @with_memory
 @with_dask
@@ -275,7 +277,7 @@ def collect(
 
 @cli.command()
 @click.argument("model", type=FILE)
-@with_data
+@with_data("none; they only say how large dynamic inputs are")
 @with_threads
 @with_layers
 @with_approximate
@@ -315,8 +317,8 @@ def inspect(
 @cli.command()
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
-@with_data
-@with_sampling
+@with_data("A.calib.npz or test_data_set_* beside A")
+@with_sampling("all")
 @with_threads
 @with_provider
 @with_preprocessing
@@ -363,7 +365,7 @@ def _check_talk(quiet: bool, verbose: bool) -> None:
 @contextlib.contextmanager
 def _progress(quiet: bool) -> Iterator[Progress]:
     """Bars on a terminal, nothing in a pipe."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():  # closed where there is nobody to read it
         from onnxprune.progress import Progress
 
         yield Progress()
@@ -419,8 +421,8 @@ def _status(error: BaseException, verbose: bool) -> int:
     if isinstance(error, OnnxPruneError) and error.exit_status != InternalError.exit_status:
         _say(str(error))
         return error.exit_status
-    if isinstance(error, OSError) and error.filename is not None:  # the machine's, not ours: a full disk, a right
-        _say(f"{error.filename} cannot be used: {error.strerror}")
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):  # the machine's, not ours
+        _say(f"{error.filename or 'stdout'} cannot be used: {error.strerror}")
         return InputError.exit_status
     kind = "" if isinstance(error, OnnxPruneError) else f"{type(error).__name__}: "
     text = f"{kind}{' '.join(str(error).split())[:300]}".rstrip(": .")

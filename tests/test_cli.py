@@ -154,6 +154,7 @@ REFUSED = [
     ("model.onnx --data layout.npy", 2, "the data are NHWC"),
     ("model.onnx --data names.npz", 2, "expected arrays named 'x'"),
     ("model.onnx --data nothing", 2, "an empty folder"),
+    ("model.onnx --data=", 2, "found an empty path"),
     ("model.onnx --data nan.npy", 2, "NaN or infinity"),
     ("model.onnx --data inf.npy", 2, "NaN or infinity"),
     ("model.onnx --data nomodule:function", 2, "expected a function that can be imported"),
@@ -471,6 +472,38 @@ def test_help_imports_nothing_heavy(arguments):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage: onnxprune" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("prune", ["default 2500, with --quick 1000, with --thorough 5000", "MODEL.calib.npz or test_data_set_*"]),
+        ("collect", ["(default 2500)", "MODEL.calib.npz or test_data_set_*"]),
+        ("compare", ["(default all)", "A.calib.npz or test_data_set_*"]),
+        ("inspect", ["Default: none"]),
+    ],
+)
+def test_help_says_the_defaults_of_each_command(capsys, command, expected):
+    assert main([command, "-h"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for text in expected:
+        assert text in said
+
+
+def test_a_closed_stderr_is_no_fault(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main([*GOOD.split(), "--select", "l1", "--no-reconstruct"]) == 0
+    assert (folder / "model.pruned.onnx").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_a_stdout_that_takes_no_more_is_no_fault(folder, option):
+    line = [sys.executable, "-m", "onnxprune", "inspect", "model.onnx", *option]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "onnxprune: stdout cannot be used: No space left on device\n"
 
 
 @pytest.mark.parametrize("module", ["onnxprune", "onnxprune.cli"])
