@@ -188,8 +188,8 @@ def prepare(
     """
     runtime = Runtime(settings.provider, settings.threads)
     with progress.stage("load"):
-        path = None if isinstance(model, onnx.ModelProto) else Path(model)
         original = model_of(model)
+        path = None if isinstance(model, onnx.ModelProto) else Path(model)
         runtime, session = runtime.ready(original)
         graph = Graph(original, path.parent if path else None)
         kept = _kept(original, settings)
@@ -381,7 +381,8 @@ def _warnings(
         counted = "are counted as often as the first sample runs them" if analysis.nominal.turns else "are not counted"
         found.append(f"{hidden} layers in bodies of If, Loop or Scan stay as they are, and {counted}")
     if kept is None and len(calibration) < _FEWEST_TO_SPLIT:
-        count = f"{len(calibration)} sample{'s' if len(calibration) > 1 else ''}"
+        what = "sample" if calibration.batchable else "record"
+        count = f"{len(calibration)} {what}{'s' if len(calibration) > 1 else ''}"
         found.append(f"only {count}: fidelity is measured on those that the weights were fitted to")
     if settings.reconstruct:
         found += [*_quantised(analysis), *_picked(analysis)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def multiple_of(round_to: int | str | None, target: str | None) -> int:
         if target is None and round_to is not None:
             raise InputError("--round-to auto takes the number from --target; name one, or give the number")
         return TARGETS[target][0] if target is not None else 1
-    if isinstance(round_to, str) or round_to < 1:
+    if not isinstance(round_to, Integral) or round_to < 1:
         raise InputError(f"expected a number of at least 1 or auto for --round-to, found {round_to!r}")
     return round_to
 
@@ -52,15 +53,15 @@ class Wanted:
     most: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.speedup, bool) or not isinstance(self.speedup, int | float):
+        if isinstance(self.speedup, bool) or not isinstance(self.speedup, Real):  # NumPy's among them
             raise InputError(f"expected a speed-up above 1, found {self.speedup!r}; try --speedup 2")
         if not np.isfinite(self.speedup) or self.speedup <= 1:
             raise InputError(f"expected a speed-up above 1, found {self.speedup}; try --speedup 2")
         if self.by not in UNITS:
             raise InputError(f"unknown unit {self.by!r} of the budget; expected one of {', '.join(UNITS)}")
         for name, value in self.most.items():
-            if not value > 0:
-                raise InputError(f"expected a number above 0 for --max-{name}, found {value:g}")
+            if not (isinstance(value, Real) and value > 0):
+                raise InputError(f"expected a number above 0 for --max-{name}, found {value!r}")
 
 
 @dataclass(frozen=True, eq=False)

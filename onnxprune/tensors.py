@@ -115,6 +115,11 @@ def is_outside(tensor: onnx.TensorProto) -> bool:
     return tensor.data_location == TensorProto.EXTERNAL
 
 
+def is_attached(tensor: onnx.TensorProto) -> bool:
+    """Whether it is known in which folder that file is."""
+    return "basepath" in _entries(tensor)
+
+
 def array_of(tensor: onnx.TensorProto) -> np.ndarray:
     """A tensor's values; those outside are mapped, not read."""
     if not is_outside(tensor):
@@ -145,7 +150,7 @@ def attach(model: onnx.ModelProto, path: Path) -> None:
         if is_outside(tensor):
             _attach(tensor, path, stays=tensor.data_type not in _PACKED)
     for tensor in every_tensor(model):
-        if is_outside(tensor) and "basepath" not in _entries(tensor):
+        if is_outside(tensor) and not is_attached(tensor):
             _attach(tensor, path, stays=False)
 
 

@@ -301,3 +301,10 @@ def test_sparse_weights_are_written_out_and_cut(tmp_path: Path, linear: bool) ->
     for result in results:
         np.testing.assert_array_equal(run(result.model, {"x": X})[0], run(results[-1].model, {"x": X})[0])
         assert {first.name, second.name} <= set(result.report.removed)
+
+
+def test_a_model_in_memory_has_to_say_where_its_tensors_are(tmp_path: Path) -> None:
+    apart = onnx.load(saved(tmp_path), load_external_data=False)
+    with pytest.raises(InputError, match="is in another file, and nothing says in which folder; try the path"):
+        prune(apart, threads=1)
+    assert len(analyze(read_model(tmp_path / "m.onnx"), threads=1).analysis.groups) > 1
