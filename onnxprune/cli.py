@@ -172,10 +172,12 @@ def prune(
     outputs = places(output, model, speedups, "-o", ".onnx")
     reports = places(report_path, model, speedups, "--report", ".json") if report_path is not None else []
     if model.is_file():  # what is wrong with the model itself is said first, by who reads it
-        sources = {"the model": model, **({"the calibration data": Path(data)} if data else {})}
-        sources |= {"the statistics": stats} if stats else {}
+        sources = _sources(model, data) | ({"the statistics": stats} if stats else {})
         for place in outputs:
             check_output(place, "output", "-o", sources, force)
+        for place in _beside(model, outputs, reports):
+            taken = {f"the report {report.name}": report for report in reports}
+            check_output(place, "file of tensors", "-o", {**sources, **taken}, force)
         for place in reports:
             taken = {"the output": next((o for o in outputs if o.absolute() == place.absolute()), outputs[0])}
             check_output(place, "report", "--report", {**sources, **taken}, force)
@@ -254,8 +256,7 @@ def collect(
     _check_talk(quiet, verbose)
     output = output or model.with_name(f"{model.name.removesuffix('.onnx')}.stats.npz")
     if model.is_file():
-        sources = {"the model": model, **({"the calibration data": Path(data)} if data else {})}
-        check_output(output, "output", "-o", sources, force)
+        check_output(output, "output", "-o", _sources(model, data), force)
     preprocessing = _take_preprocessing(options)
     from onnxprune import api
     from onnxprune.report import to_json
@@ -346,6 +347,23 @@ def compare(a: Path, b: Path, data: str | None, as_json: bool, quiet: bool, verb
 
 
 # --------------------------------------------------------------------------------------------- helpers
+
+
+def _sources(model: Path, data: str | None) -> dict[str, Path]:
+    """What stays as it is, by what it is called."""
+    from onnxprune.tensors import files_of
+
+    apart = {f"the file {path.name} of the model's tensors": path for path in files_of(model)}
+    return {"the model": model, **apart, **({"the calibration data": Path(data)} if data else {})}
+
+
+def _beside(model: Path, outputs: Sequence[Path], reports: Sequence[Path]) -> list[Path]:
+    """Where tensors will go that the model keeps in files of their own."""
+    from onnxprune.files import beside
+    from onnxprune.graph import read_model
+    from onnxprune.tensors import files_of
+
+    return beside(read_model(model), outputs, reports) if files_of(model) else []
 
 
 def _take_preprocessing(options: dict[str, Any]) -> Preprocessing:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -109,6 +109,14 @@ def write_model(model: onnx.ModelProto, path: Path, *, force: bool = False, file
                     array.tofile(file)
         with files.open(path) as file:
             file.write(message.SerializeToString())
+
+
+def beside(model: onnx.ModelProto, places: Sequence[Path], taken: Collection[Path] = ()) -> list[Path]:
+    """Where the tensors go that such a model keeps outside, if it is written to these places one after the other."""
+    found: list[Path] = []
+    for place in places:
+        found += layout(model, place, {path.resolve() for path in (*taken, *found)})[1]
+    return found
 
 
 def write_bytes(data: bytes, path: Path) -> None:

@@ -308,3 +308,42 @@ def test_a_model_in_memory_has_to_say_where_its_tensors_are(tmp_path: Path) -> N
     with pytest.raises(InputError, match="is in another file, and nothing says in which folder; try the path"):
         prune(apart, threads=1)
     assert len(analyze(read_model(tmp_path / "m.onnx"), threads=1).analysis.groups) > 1
+
+
+def test_what_stands_beside_the_new_model_is_left_alone(tmp_path: Path) -> None:
+    """The file of tensors has the name that it has beside the original, but not where another model keeps its own."""
+    path, out = saved(tmp_path / "in"), tmp_path / "out"
+    out.mkdir()
+    two, three = (prune(path, data=X, speedup=speedup, threads=1, reconstruct=False) for speedup in (2, 3))
+    two.save(out / "two.onnx")
+    three.save(out / "three.onnx", force=True)
+    assert {p.name for p in out.iterdir()} == {"two.onnx", "weights.bin", "three.onnx", "three.onnx.data"}
+    assert same(onnx.load(out / "two.onnx"), two.model) and same(onnx.load(out / "three.onnx"), three.model)
+    two.save(out / "three.onnx", force=True)
+    three.save(out / "two.onnx", force=True)
+    assert {p.name for p in out.iterdir()} == {"two.onnx", "weights.bin", "three.onnx", "three.onnx.data"}
+    assert same(onnx.load(out / "two.onnx"), three.model) and same(onnx.load(out / "three.onnx"), two.model)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("-o in/weights.bin --force", "output in/weights.bin is the file weights.bin of the model's tensors itself"),
+        ("--report in/weights.bin --force", "report in/weights.bin is the file weights.bin of the model's tensors"),
+        ("-o in/stale.onnx", "file of tensors in/stale.onnx.data exists already; try another path with -o, or --force"),
+        ("-o in/new.onnx --report in/new.onnx.data", "file of tensors in/new.onnx.data is the report new.onnx.data"),
+    ],
+)
+def test_files_of_tensors_are_looked_at_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
+    saved(tmp_path / "in")
+    (tmp_path / "in" / "stale.onnx.data").write_bytes(b"precious")
+    before = {p: p.read_bytes() for p in (tmp_path / "in").iterdir()}
+    monkeypatch.chdir(tmp_path)
+    assert main(["in/m.onnx", *line.split()]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1  # and no warning of random data: nothing was begun
+    assert {p: p.read_bytes() for p in (tmp_path / "in").iterdir()} == before
+    assert main(["collect", "in/m.onnx", "-o", "in/weights.bin", "--force"]) == 2
+    assert {p: p.read_bytes() for p in (tmp_path / "in").iterdir()} == before
