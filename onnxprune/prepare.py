@@ -33,7 +33,7 @@ from onnxprune.picks import picked
 from onnxprune.pipeline import Chooser
 from onnxprune.probe import Feeds, probe
 from onnxprune.progress import Progress
-from onnxprune.report import DataEntry, Measures
+from onnxprune.report import DataEntry, Measures, plain
 from onnxprune.runtime import Runtime
 from onnxprune.selection import FROM_ACTIVATIONS
 from onnxprune.settings import Settings
@@ -368,8 +368,16 @@ def _warnings(
                 "weights were fitted once, to statistics of the original network (--stats): with the data they are"
                 " fitted to the network as pruned so far, which keeps more"
             )
+        given, none = (plain(each) for each in (settings.preprocessing or Preprocessing(), Preprocessing()))
         if settings.data is None:
             found.append("fidelity was not measured: there were no data (--data gives some)")
+            if given != none:
+                found.append("the preprocessing options are not applied: there were no data")
+        elif kept.about.get("preprocessing", given) != given:
+            found.append(
+                "the preprocessing options are others than those that the statistics were collected with: of images,"
+                " fidelity says nothing unless they are alike (--mean, --std and so on)"
+            )
     if opened:
         plural = "s" if opened > 1 else ""
         found.append(
