@@ -175,9 +175,10 @@ def prune(
         sources = _sources(model, data) | ({"the statistics": stats} if stats else {})
         for place in outputs:
             check_output(place, "output", "-o", sources, force)
+        taken = {f"the report {report.name}": report for report in reports}
         for place in _beside(model, outputs, reports):
-            taken = {f"the report {report.name}": report for report in reports}
-            check_output(place, "file of tensors", "-o", {**sources, **taken}, force)
+            if place.parent.is_dir():  # else it is made
+                check_output(place, "file of tensors", "-o", {**sources, **taken}, force)
         for place in reports:
             taken = {"the output": next((o for o in outputs if o.absolute() == place.absolute()), outputs[0])}
             check_output(place, "report", "--report", {**sources, **taken}, force)

@@ -93,8 +93,8 @@ def _item(item: object, where: str, request: Request) -> tuple[dict[str, Array],
     else:
         raise InputError(
             f"{where}: expected an array, or a dict of arrays by the names of the inputs "
-            f"{quoted(s.name for s in request.inputs)}, found {type(item).__name__}; try to yield the images without "
-            "their labels"
+            f"{quoted(s.name for s in request.inputs)}, found {type(item).__name__}; try to yield "
+            f"{'dicts' if len(request.inputs) > 1 else 'the images without their labels'}"
         )
     return {spec.name: _with_batch_axis(spec, arrays[spec.name]).copy() for spec in request.inputs}, warnings
 

@@ -645,6 +645,11 @@ def test_item_refusals(items, text):
             load_calibration(source, [FLAT])
 
 
+def test_records_of_several_inputs_are_dicts():
+    with pytest.raises(InputError, match="found tuple; try to yield dicts"):
+        load_calibration([(FLOATS, FLOATS)], [FLAT, spec(N, 7, name="z")])
+
+
 # ------------------------------------------------------------------------------- beside the model; random
 
 

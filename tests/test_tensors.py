@@ -325,6 +325,22 @@ def test_what_stands_beside_the_new_model_is_left_alone(tmp_path: Path) -> None:
     assert same(onnx.load(out / "two.onnx"), three.model) and same(onnx.load(out / "three.onnx"), two.model)
 
 
+def test_a_folder_of_tensors_is_made_where_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    onnx.save(network(), tmp_path / "in" / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    model = onnx.load(tmp_path / "in" / "m.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        next(entry for entry in tensor.external_data if entry.key == "location").value = "deep/w.bin"
+    (tmp_path / "in" / "m.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "in" / "deep").mkdir()
+    (tmp_path / "in" / "w.bin").rename(tmp_path / "in" / "deep" / "w.bin")
+    line = [str(tmp_path / "in" / "m.onnx"), "-o", str(tmp_path / "out" / "m.onnx"), "--threads", "1"]
+    assert main([*line, "--select", "l1", "--no-reconstruct"]) == 0
+    assert (tmp_path / "out" / "deep" / "w.bin").is_file()
+    onnx.load(tmp_path / "out" / "m.onnx")
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
