@@ -443,6 +443,9 @@ def _status(error: BaseException, verbose: bool) -> int:
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):  # the machine's, not ours
         _say(f"{error.filename or 'stdout'} cannot be used: {error.strerror}")
         return InputError.exit_status
+    if isinstance(error, MemoryError):
+        _say(f"there is not enough memory ({error}); try --memory, or fewer --samples".replace(" ()", ""))
+        return InputError.exit_status
     kind = "" if isinstance(error, OnnxPruneError) else f"{type(error).__name__}: "
     text = f"{kind}{' '.join(str(error).split())[:300]}".rstrip(": .")
     please = "" if "report" in text else "; this is a fault of onnxprune: please report it with the model"

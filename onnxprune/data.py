@@ -131,7 +131,7 @@ def _from_text(source: str | Path, request: Request) -> Calibration:
     if path.is_file():
         return _from_file(path, where, request)
     if isinstance(source, str) and _CALLABLE.fullmatch(source):
-        with _working_directory_importable():
+        with _working_directory_importable(), contextlib.redirect_stdout(sys.stderr):  # what it prints is no result
             return _from_object(_import(source, where), where, source, request)
     raise InputError(f"{where}: expected {_KINDS}, found no such file or folder; try to check the path")
 
@@ -142,7 +142,7 @@ def _from_object(source: object, where: str, name: str, request: Request) -> Cal
         name = name or "callable"
         try:
             source = source()
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise InputError(f"{where}: expected a callable that yields data, found {error!r}; try it alone") from error
     if isinstance(source, Mapping):
         arrays, keys, warnings = matched(source, request, where)
@@ -323,7 +323,7 @@ def _import(source: str, where: str) -> object:
         found: object = importlib.import_module(module)
         for attribute in attributes.split("."):
             found = getattr(found, attribute)
-    except Exception as error:  # a module of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything, or be a script
         raise InputError(
             f"{where}: expected a function that can be imported, found {type(error).__name__}: {error}; try it from "
             "the folder that holds the module"

@@ -79,7 +79,7 @@ def _guarded(items: Iterator[tuple[str, object]], where: str) -> Iterator[tuple[
         yield from items
     except InputError:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise InputError(f"{where}: expected an iterable that yields data, found {error!r}; try it alone") from error
 
 

@@ -23,6 +23,7 @@ from onnxprune.options import PROVIDERS
 from onnxprune.report import Report
 
 WIDTH = 16
+ROOT = Path(__file__).parent.parent
 
 
 def build(*, groups=True, classes=4, seed=0, name="tiny") -> onnx.ModelProto:
@@ -372,6 +373,17 @@ def test_json_is_the_only_thing_on_stdout(folder, capsys):
     assert all("allow no closer" in line for line in err.splitlines())
 
 
+def test_what_the_source_of_the_data_prints_is_no_result(folder, capsys):
+    (folder / "calib_prints.py").write_text(
+        "import numpy as np\nprint('imported')\n"
+        "def f():\n    print('called')\n    yield np.ones((1, 3, 8, 8), np.float32)\n"
+    )
+    assert main(["model.onnx", "--data", "calib_prints:f", "--select", "l1", "--no-reconstruct", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["data"]["samples"] == 1
+    assert "imported" in err and "called" in err
+
+
 def test_quiet_says_nothing(folder, capsys):
     assert main(["model.onnx", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -429,6 +441,8 @@ def test_compare_puts_two_models_side_by_side(folder, capsys):
         (ValueError("two\nlines"), 1, "two lines"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "scratch"), 2, "scratch cannot be used: No space left on device"),
+        (MemoryError("Unable to allocate 30 GiB"), 2, "not enough memory (Unable to allocate 30 GiB); try --memory"),
+        (MemoryError(), 2, "there is not enough memory; try --memory, or fewer --samples"),
     ],
 )
 @pytest.mark.parametrize("verbose", [False, True])
@@ -499,9 +513,9 @@ def test_a_closed_stderr_is_no_fault(folder, capsys, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("option", [[], ["--json"]])
 def test_a_stdout_that_takes_no_more_is_no_fault(folder, option):
-    line = [sys.executable, "-m", "onnxprune", "inspect", "model.onnx", *option]
+    line = [sys.executable, "-m", "onnxprune", "inspect", str(folder / "model.onnx"), *option]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == "onnxprune: stdout cannot be used: No space left on device\n"
 

@@ -605,9 +605,11 @@ def test_module_and_function(tmp_path, monkeypatch):
         "def fails():\n    yield np.ones((1, 7))\n    raise KeyError('oops')\n"
         "def needs(x):\n    pass\n"
         "def labelled():\n    yield np.ones((1, 7)), 3\n"
+        "def ends():\n    yield np.ones((1, 7))\n    raise SystemExit\n"
         "number = 3\n"
     )
     (tmp_path / "calib_broken.py").write_text("1 / 0\n")
+    (tmp_path / "calib_script.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
     data = load_calibration("calib_source:C.f", [FLAT])
     assert data.source == "calib_source:C.f, 1 record"
@@ -616,6 +618,8 @@ def test_module_and_function(tmp_path, monkeypatch):
         ("calib_source:missing", "found AttributeError"),
         ("calib_nowhere:f", "found ModuleNotFoundError: No module named 'calib_nowhere'"),
         ("calib_broken:f", "found ZeroDivisionError"),
+        ("calib_script:f", "found SystemExit: 0"),
+        ("calib_source:ends", "found SystemExit"),
         ("calib_source:number", "expected a callable, found int"),
         ("calib_source:nothing", "expected at least one record, found none"),
         ("calib_source:none", "found NoneType"),
