@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import io
 import math
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 _CHANNEL_AXIS = {"NCHW": 1, "NHWC": 3}
 NO_SHAPE = "to state the input's shape in the model, which states none or that of a single number"
+_HIDDEN = (".", "__MACOSX")
 _WARNED = 5  # unreadable images named one by one
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -342,14 +344,20 @@ class ImageFolder:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """List the image files below a folder, sorted; hidden files and folders do not count."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    """List the image files below a folder, sorted; hidden files and folders do not count.
+
+    Links to folders are followed (classes are often chosen by links), unless they lead back to where they are.
+    """
+    found: list[Path] = []
+    for name, inner, files in os.walk(folder, followlinks=True):
+        place = Path(name)
+        inner[:] = [each for each in inner if not each.startswith(_HIDDEN) and not _leads_back(place / each)]
+        found += [place / each for each in files if not each.startswith(_HIDDEN)]
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
+def _leads_back(folder: Path) -> bool:
+    return folder.is_symlink() and folder.resolve() in {parent.resolve() for parent in folder.absolute().parents}
 
 
 def open_images(

@@ -396,6 +396,17 @@ def test_folder_modes(tmp_path, mode, model, channels):
     np.testing.assert_array_equal(found[0], expected.transpose(2, 0, 1))
 
 
+def test_links_to_folders_are_followed_unless_they_lead_back(tmp_path):
+    save_images(
+        tmp_path, {"all/cat/a.png": picture(), "all/dog/b.png": picture(seed=1), "some/own.png": picture(seed=2)}
+    )
+    (tmp_path / "some" / "cat").symlink_to(tmp_path / "all" / "cat")
+    (tmp_path / "all" / "cat" / "back").symlink_to(tmp_path / "some")
+    (tmp_path / "some" / "here").symlink_to(".")
+    data = load_calibration(tmp_path / "some", [NCHW])
+    assert data.source == "some, 2 images"
+
+
 @pytest.mark.parametrize("given", [".", "..", "../f"])
 def test_a_folder_is_called_by_its_name_however_it_is_given(tmp_path, monkeypatch, given):
     folder = save_images(tmp_path / "f", {"a.png": picture()})
