@@ -47,7 +47,13 @@ class Together:
 
     @contextlib.contextmanager
     def open(self, path: Path) -> Iterator[BinaryIO]:
-        """A file to write; what is written is on the disk when the block ends."""
+        """A file to write; what is written is on the disk when the block ends.
+
+        Raises:
+            InputError: there is no such folder.
+        """
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}; make it, or choose another name")
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         self._temporary[path] = Path(name)
         with os.fdopen(handle, "wb") as file:
@@ -93,7 +99,7 @@ def write_model(model: onnx.ModelProto, path: Path, *, force: bool = False, file
         files: those that it appears together with; no tensors go to their places.
 
     Raises:
-        InputError: a file exists and ``force`` is not given.
+        InputError: a file exists and ``force`` is not given, or there is no such folder.
     """
     with contextlib.ExitStack() as stack:
         files = files if files is not None else stack.enter_context(Together())

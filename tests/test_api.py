@@ -388,6 +388,8 @@ def test_a_file_is_not_overwritten_unless_told(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
     result.save(path, force=True)
     assert onnx.load(path) == result.model
+    with pytest.raises(InputError, match=r"there is no folder .*nowhere; make it"):
+        result.save(tmp_path / "nowhere" / "model.onnx")
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of graph
