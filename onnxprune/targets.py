@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -122,7 +123,7 @@ def limits(
         floor = costs[name].total(least)
         if floor > most and not best_effort:
             raise UnreachableTarget(
-                f"at most {most:g} {UNITS[name]} cannot be reached; the fewest for this model are {floor:.4g}"
+                f"at most {most:g} {UNITS[name]} cannot be reached; the fewest for this model are {math.ceil(floor)}"
                 f"{_what_holds(analysis)} (see onnxprune inspect; --best-effort goes as far as possible)",
                 before[name] / floor,
             )
@@ -130,13 +131,25 @@ def limits(
     return found
 
 
+def rounded_down(number: float) -> str:
+    """Three digits of a number, and not more than it is: what is said to be reachable can be asked for.
+
+    >>> rounded_down(75.896), rounded_down(2.0), rounded_down(1.0)
+    ('75.8', '2', '1')
+    """
+    if not math.isfinite(number):
+        return f"{number:g}"
+    step = 10.0 ** (math.floor(math.log10(number)) - 2)
+    return f"{math.floor(number / step * (1 + 1e-12)) * step:.3g}"
+
+
 def unreachable(analysis: Analysis, wanted: Wanted, reachable: float, where: str = "") -> UnreachableTarget:
     """What to say where the ratio cannot be reached."""
     unit = "" if wanted.by == "macs" else f" in {UNITS[wanted.by]}"
     further = "; --best-effort goes as far as possible" if reachable > 1.0 else ""
     return UnreachableTarget(
-        f"a speed-up of {wanted.speedup:g}{unit} cannot be reached; the largest for this model is {reachable:.3g}"
-        f"{where}{_what_holds(analysis)} (see onnxprune inspect{further})",
+        f"a speed-up of {wanted.speedup:g}{unit} cannot be reached; the largest for this model is"
+        f" {rounded_down(reachable)}{where}{_what_holds(analysis)} (see onnxprune inspect{further})",
         reachable,
     )
 
@@ -146,7 +159,8 @@ def _rounded(cost: Cost, before: float, least: np.ndarray) -> str:
     fewest = cost.total(np.ones_like(least)) if len(least) else 0.0
     if not fewest or fewest >= cost.total(least):
         return ""
-    return f" at widths that are multiples, which --round-to or --target asks for ({before / fewest:.3g} at any width)"
+    any_width = rounded_down(before / fewest)
+    return f" at widths that are multiples, which --round-to or --target asks for ({any_width} at any width)"
 
 
 def _what_holds(analysis: Analysis) -> str:

@@ -281,6 +281,8 @@ def test_an_absurd_speedup_is_refused_with_the_reachable_one() -> None:
         small(chain(), speedup=1e6)
     assert caught.value.reachable == pytest.approx(reachable)
     assert caught.value.exit_status == 3
+    said = str(caught.value).partition("for this model is ")[2].partition(";")[0]
+    assert small(chain(), speedup=float(said), select="l1", reconstruct=False).report.achieved.macs >= float(said)
     assert "an input of the graph" in str(caught.value) or "an output of the graph" in str(caught.value)
 
 
