@@ -277,7 +277,7 @@ def chosen_nodes(graph: Graph, only: str | None, exclude: str | None) -> set[str
             continue
         try:
             pattern = re.compile(text)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise InputError(f"{option} {text!r} is not a regular expression: {error}") from error
         matched = {label for label in labels if pattern.search(label)}
         if not matched:

@@ -103,7 +103,7 @@ def prune(
         data: calibration data (see `onnxprune.data`); nothing means a neighbour of the file, or random data.
         samples: how many of them to use at most; 2,500 if not given, 1,000 if ``quick``, 5,000 if ``thorough`` (as He
             et al. 2017).
-        batch_size: samples per run, 64 at most; chosen by memory if not given.
+        batch_size: samples per run, 256 at most; chosen by memory if not given.
         memory: bytes of resident memory that the process may take (None: what it takes, and half of what is free).
         dask: address of a Dask scheduler whose workers collect the statistics, or local:N.
         seed: of every random draw.

@@ -12,6 +12,7 @@ import numpy as np
 
 from onnxprune.errors import InputError
 from onnxprune.images import (
+    NO_SHAPE,
     Array,
     InputSpec,
     Preprocessing,
@@ -74,7 +75,8 @@ def _column(spec: InputSpec, values: Array, request: Request, where: str) -> _Co
     else:
         raise InputError(
             f"{where}: expected shape {shape_text(spec.shape)} for every record, or that with one leading axis more, "
-            f"for input '{spec.name}', found {list(values.shape)}; try numpy.stack over the records"
+            f"for input '{spec.name}', found {list(values.shape)}; "
+            f"try {'numpy.stack over the records' if spec.shape else NO_SHAPE}"
         )
     if not constant and values.ndim and len(values) < max(batch, 1):
         raise InputError(

@@ -7,6 +7,7 @@ Exit statuses: 0 done, 1 a fault of onnxprune, 2 the model, the data or the opti
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import signal
 import sys
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from onnxprune.progress import Progress
 
 INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a stream that takes no more names no file
 
 _Group: type[click.Group] = DefaultGroup
 
@@ -121,8 +123,8 @@ def cli() -> None:
 )
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--report", "report_path", type=FILE, metavar="FILE.json", help="Write the report here; several as -o.")
-@with_data
-@with_sampling
+@with_data()
+@with_sampling("2500, with --quick 1000, with --thorough 5000")
 @with_mirror
 @with_threads
 @with_provider
@@ -170,10 +172,13 @@ def prune(
     outputs = places(output, model, speedups, "-o", ".onnx")
     reports = places(report_path, model, speedups, "--report", ".json") if report_path is not None else []
     if model.is_file():  # what is wrong with the model itself is said first, by who reads it
-        sources = {"the model": model, **({"the calibration data": Path(data)} if data else {})}
-        sources |= {"the statistics": stats} if stats else {}
+        sources = _sources(model, data) | ({"the statistics": stats} if stats else {})
         for place in outputs:
             check_output(place, "output", "-o", sources, force)
+        taken = {f"the report {report.name}": report for report in reports}
+        for place in _beside(model, outputs, reports):
+            if place.parent.is_dir():  # else it is made
+                check_output(place, "file of tensors", "-o", {**sources, **taken}, force)
         for place in reports:
             taken = {"the output": next((o for o in outputs if o.absolute() == place.absolute()), outputs[0])}
             check_output(place, "report", "--report", {**sources, **taken}, force)
@@ -221,8 +226,8 @@ def prune(
 @click.argument("model", type=FILE)
 @click.option("-o", "--output", type=FILE, metavar="FILE", help="Default: MODEL.stats.npz beside the model.")
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
-@with_data
-@with_sampling
+@with_data()
+@with_sampling("2500")
 @with_mirror
 @with_memory
 @with_dask
@@ -252,8 +257,7 @@ def collect(
     _check_talk(quiet, verbose)
     output = output or model.with_name(f"{model.name.removesuffix('.onnx')}.stats.npz")
     if model.is_file():
-        sources = {"the model": model, **({"the calibration data": Path(data)} if data else {})}
-        check_output(output, "output", "-o", sources, force)
+        check_output(output, "output", "-o", _sources(model, data), force)
     preprocessing = _take_preprocessing(options)
     from onnxprune import api
     from onnxprune.report import to_json
@@ -275,7 +279,7 @@ def collect(
 
 @cli.command()
 @click.argument("model", type=FILE)
-@with_data
+@with_data("none; they only say how large dynamic inputs are")
 @with_threads
 @with_layers
 @with_approximate
@@ -315,8 +319,8 @@ def inspect(
 @cli.command()
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
-@with_data
-@with_sampling
+@with_data("A.calib.npz or test_data_set_* beside A")
+@with_sampling("all")
 @with_threads
 @with_provider
 @with_preprocessing
@@ -346,6 +350,23 @@ def compare(a: Path, b: Path, data: str | None, as_json: bool, quiet: bool, verb
 # --------------------------------------------------------------------------------------------- helpers
 
 
+def _sources(model: Path, data: str | None) -> dict[str, Path]:
+    """What stays as it is, by what it is called."""
+    from onnxprune.tensors import files_of
+
+    apart = {f"the file {path.name} of the model's tensors": path for path in files_of(model)}
+    return {"the model": model, **apart, **({"the calibration data": Path(data)} if data else {})}
+
+
+def _beside(model: Path, outputs: Sequence[Path], reports: Sequence[Path]) -> list[Path]:
+    """Where tensors will go that the model keeps in files of their own."""
+    from onnxprune.files import beside
+    from onnxprune.graph import read_model
+    from onnxprune.tensors import files_of
+
+    return beside(read_model(model), outputs, reports) if files_of(model) else []
+
+
 def _take_preprocessing(options: dict[str, Any]) -> Preprocessing:
     """Take the preprocessing options out of the others."""
     from onnxprune.images import Preprocessing
@@ -363,7 +384,7 @@ def _check_talk(quiet: bool, verbose: bool) -> None:
 @contextlib.contextmanager
 def _progress(quiet: bool) -> Iterator[Progress]:
     """Bars on a terminal, nothing in a pipe."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():  # closed where there is nobody to read it
         from onnxprune.progress import Progress
 
         yield Progress()
@@ -419,8 +440,11 @@ def _status(error: BaseException, verbose: bool) -> int:
     if isinstance(error, OnnxPruneError) and error.exit_status != InternalError.exit_status:
         _say(str(error))
         return error.exit_status
-    if isinstance(error, OSError) and error.filename is not None:  # the machine's, not ours: a full disk, a right
-        _say(f"{error.filename} cannot be used: {error.strerror}")
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):  # the machine's, not ours
+        _say(f"{error.filename or 'stdout'} cannot be used: {error.strerror}")
+        return InputError.exit_status
+    if isinstance(error, MemoryError):
+        _say(f"there is not enough memory ({error}); try --memory, or fewer --samples".replace(" ()", ""))
         return InputError.exit_status
     kind = "" if isinstance(error, OnnxPruneError) else f"{type(error).__name__}: "
     text = f"{kind}{' '.join(str(error).split())[:300]}".rstrip(": .")

@@ -48,7 +48,18 @@ from onnxprune.images import (
     shape_text,
 )
 from onnxprune.items import from_items, from_test_data, test_data_sets
-from onnxprune.records import DEFAULT, Calibration, Request, as_array, count_text, keys_of, matched, quoted
+from onnxprune.records import (
+    DEFAULT,
+    Calibration,
+    Request,
+    as_array,
+    count_text,
+    keys_of,
+    matched,
+    quoted,
+    unused_in_images,
+    unused_options,
+)
 
 __all__ = ["Calibration", "InputSpec", "Preprocessing", "load_calibration"]
 
@@ -89,6 +100,11 @@ def load_calibration(
         raise InputError(f"calibration data: expected at least 1 sample, found {samples}; try 256")
     if seed < 0:
         raise InputError(f"calibration data: expected a seed of 0 or more, found {seed}; try 0")
+    if not isinstance(preprocessing, Preprocessing):
+        raise InputError(
+            f"preprocessing: expected an onnxprune.Preprocessing, found {type(preprocessing).__name__}; try "
+            "Preprocessing(mean=..., std=...)"
+        )
     if not inputs:
         raise InputError("calibration data: expected a model with inputs, found one without; there is nothing to feed")
     for spec in inputs:
@@ -106,14 +122,16 @@ def load_calibration(
 
 
 def _from_text(source: str | Path, request: Request) -> Calibration:
+    if source == "":  # as a path, this would be the working directory
+        raise InputError(f"calibration data: expected {_KINDS}, found an empty path; is a variable not set?")
     path = Path(source)
     where = f"calibration data {source}"
     if path.is_dir():
-        return _from_folder(path, where, request)
+        return _from_folder(_named(path), where, request)
     if path.is_file():
         return _from_file(path, where, request)
     if isinstance(source, str) and _CALLABLE.fullmatch(source):
-        with _working_directory_importable():
+        with _working_directory_importable(), contextlib.redirect_stdout(sys.stderr):  # what it prints is no result
             return _from_object(_import(source, where), where, source, request)
     raise InputError(f"{where}: expected {_KINDS}, found no such file or folder; try to check the path")
 
@@ -124,7 +142,7 @@ def _from_object(source: object, where: str, name: str, request: Request) -> Cal
         name = name or "callable"
         try:
             source = source()
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise InputError(f"{where}: expected a callable that yields data, found {error!r}; try it alone") from error
     if isinstance(source, Mapping):
         arrays, keys, warnings = matched(source, request, where)
@@ -133,8 +151,9 @@ def _from_object(source: object, where: str, name: str, request: Request) -> Cal
         spec = request.only_input(where, "a single array")
         return from_arrays({spec.name: as_array(source, where)}, {}, where, name or "array", request)
     if isinstance(source, str | bytes) or not hasattr(source, "__iter__"):
+        path, called = ("", "an") if name else ("a path, ", "a callable or")  # what a callable gives is not opened
         raise InputError(
-            f"{where}: expected a path, an array, a mapping of arrays, or a callable or iterable that yields them, "
+            f"{where}: expected {path}an array, a mapping of arrays, or {called} iterable that yields them, "
             f"found {type(source).__name__}; try a NumPy array"
         )
     if isinstance(source, list | tuple):
@@ -189,6 +208,11 @@ def _from_folder(folder: Path, where: str, request: Request) -> Calibration:
     )
 
 
+def _named(folder: Path) -> Path:
+    """The same folder by a path that ends in its name, which "." and ".." do not."""
+    return folder.resolve() if folder.name in ("", "..") else folder
+
+
 def _from_neighbours(model_path: Path | None, request: Request, dynamic: Mapping[str, Sequence[int]]) -> Calibration:
     """Take what lies beside the model, else random numbers; test data there may belong to another model."""
     refused = []
@@ -199,7 +223,7 @@ def _from_neighbours(model_path: Path | None, request: Request, dynamic: Mapping
         for folder in (model_path.with_suffix(""), model_path.parent):
             if sets := test_data_sets(folder, itself=False):
                 try:
-                    return from_test_data(sets, f"calibration data {folder}", folder.name, request)
+                    return from_test_data(sets, f"calibration data {folder}", _named(folder).name, request)
                 except InputError as error:
                     refused.append(f"ONNX test data beside the model are not used: {error}")
     random = _random(request, dynamic)
@@ -227,7 +251,7 @@ def _from_images(folder: Path, paths: Sequence[Path], where: str, request: Reque
         is_random=False,
         batchable=request.dynamic_batch,
         digest=images.digest,
-        warnings=images.warnings,
+        warnings=(*images.warnings, *unused_in_images(request, [spec])),
         _readers={spec.name: read},
         _order=tuple(range(count)),
     )
@@ -261,6 +285,7 @@ def _random(request: Request, dynamic: Mapping[str, Sequence[int]]) -> Calibrati
         warnings=(
             "no calibration data: random numbers stand in for them, and nothing is promised about how faithful the "
             "pruned model is; give real data",
+            *unused_options(request, [np.dtype(np.float64)] * len(names)),  # numbers, and no images
         ),
         _readers={spec.name: partial(read, position, spec) for position, spec in enumerate(request.inputs)},
         _order=tuple(range(count)),
@@ -298,7 +323,7 @@ def _import(source: str, where: str) -> object:
         found: object = importlib.import_module(module)
         for attribute in attributes.split("."):
             found = getattr(found, attribute)
-    except Exception as error:  # a module of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything, or be a script
         raise InputError(
             f"{where}: expected a function that can be imported, found {type(error).__name__}: {error}; try it from "
             "the folder that holds the module"

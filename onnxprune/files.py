@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -47,7 +47,13 @@ class Together:
 
     @contextlib.contextmanager
     def open(self, path: Path) -> Iterator[BinaryIO]:
-        """A file to write; what is written is on the disk when the block ends."""
+        """A file to write; what is written is on the disk when the block ends.
+
+        Raises:
+            InputError: there is no such folder.
+        """
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}; make it, or choose another name")
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         self._temporary[path] = Path(name)
         with os.fdopen(handle, "wb") as file:
@@ -93,7 +99,7 @@ def write_model(model: onnx.ModelProto, path: Path, *, force: bool = False, file
         files: those that it appears together with; no tensors go to their places.
 
     Raises:
-        InputError: a file exists and ``force`` is not given.
+        InputError: a file exists and ``force`` is not given, or there is no such folder.
     """
     with contextlib.ExitStack() as stack:
         files = files if files is not None else stack.enter_context(Together())
@@ -109,6 +115,14 @@ def write_model(model: onnx.ModelProto, path: Path, *, force: bool = False, file
                     array.tofile(file)
         with files.open(path) as file:
             file.write(message.SerializeToString())
+
+
+def beside(model: onnx.ModelProto, places: Sequence[Path], taken: Collection[Path] = ()) -> list[Path]:
+    """Where the tensors go that such a model keeps outside, if it is written to these places one after the other."""
+    found: list[Path] = []
+    for place in places:
+        found += layout(model, place, {path.resolve() for path in (*taken, *found)})[1]
+    return found
 
 
 def write_bytes(data: bytes, path: Path) -> None:

@@ -57,7 +57,7 @@ class Result:
         """Write the model, whole or not at all.
 
         Raises:
-            InputError: the file exists and ``force`` is not given.
+            InputError: the file exists and ``force`` is not given, or there is no such folder.
         """
         write_model(self.model, Path(path), force=force)
 

@@ -132,7 +132,7 @@ class Gathered:
         """Write the file, whole or not at all.
 
         Raises:
-            InputError: the file exists and ``force`` is not given.
+            InputError: the file exists and ``force`` is not given, or there is no such folder.
         """
         if Path(path).exists() and not force:
             raise InputError(f"{path} exists already; choose another name or overwrite it with force=True")

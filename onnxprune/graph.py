@@ -7,6 +7,7 @@ carries everything that has to survive into the written file (metadata, function
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxprune.data import InputSpec
 from onnxprune.errors import InputError
-from onnxprune.tensors import array_of, attach, with_dense
+from onnxprune.tensors import array_of, attach, every_tensor, is_attached, is_outside, with_dense
 
 G_LOGGER.severity = G_LOGGER.ERROR  # it warns of types that NumPy lacks, which are kept as they are
 
@@ -321,6 +322,18 @@ def model_of(given: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     """A model, or that of a file.
 
     Raises:
-        InputError: the file does not hold one.
+        InputError: the file does not hold one, or it is neither.
     """
-    return with_dense(given) if isinstance(given, onnx.ModelProto) else read_model(Path(given))
+    if isinstance(given, str | os.PathLike):
+        return read_model(Path(given))
+    if not isinstance(given, onnx.ModelProto):
+        raise InputError(
+            f"expected the path of a model or an onnx.ModelProto, found {type(given).__name__}; try onnx.load, or"
+            " onnx.load_from_string for bytes"
+        )
+    if apart := next((t.name for t in every_tensor(given) if is_outside(t) and not is_attached(t)), None):
+        raise InputError(
+            f"the model's tensor {apart!r} is in another file, and nothing says in which folder; try the path of the"
+            " model instead, or onnx.load with its external data"
+        )
+    return with_dense(given)

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import io
 import math
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ Array = npt.NDArray[Any]
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 _CHANNEL_AXIS = {"NCHW": 1, "NHWC": 3}
+NO_SHAPE = "to state the input's shape in the model, which states none or that of a single number"
+_HIDDEN = (".", "__MACOSX")
 _WARNED = 5  # unreadable images named one by one
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -75,9 +78,9 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         """Refuse numbers that could only give NaN, infinity or an empty image."""
-        for option in ("mean", "std"):  # a list is welcome, and becomes hashable
+        for option in ("mean", "std"):  # a number or a list is welcome, and becomes hashable
             if (given := getattr(self, option)) is not None:
-                object.__setattr__(self, option, tuple(float(value) for value in given))
+                object.__setattr__(self, option, tuple(map(float, np.ravel(given))))
         if not math.isfinite(self.scale) or self.scale == 0:
             raise InputError(f"preprocessing: expected a finite scale other than 0, found {self.scale}; try 1/255")
         for option, values in (("mean", self.mean), ("std", self.std)):
@@ -140,6 +143,8 @@ def check_values(
 
 
 def _shape_remedy(wanted: tuple[int | None, ...], found: tuple[int, ...]) -> str:
+    if not wanted:
+        return NO_SHAPE
     if len(wanted) == len(found) == 4:
         for old, new, axes in (("NHWC", "NCHW", (0, 3, 1, 2)), ("NCHW", "NHWC", (0, 2, 3, 1))):
             if fits(wanted, tuple(found[axis] for axis in axes)):
@@ -246,10 +251,12 @@ def _check_images(spec: InputSpec, shape: tuple[int, ...], preprocessing: Prepro
             f"try to {remedy or 'save them with the channels of the model'}"
         )
     if not fits((height, width), tuple(size)):
+        remedy = "resize them, or give a folder of image files, which are resized as they are read"
+        if len(shape) == 3 and {shape[0], shape[2]} & {*_CHANNELS}:  # more likely one image than many grey ones
+            remedy = f"give a single image, of shape {list(shape)}, as array[None]"
         raise InputError(
             f"{where}: expected images of {height or '?'}x{width or '?'} pixels (height x width) for input "
-            f"'{spec.name}', found {size[0]}x{size[1]}; try to resize them, or give a folder of image files, "
-            "which are resized as they are read"
+            f"'{spec.name}', found {size[0]}x{size[1]}; try to {remedy}"
         )
     _check_channels(preprocessing, channels or found)
 
@@ -337,14 +344,20 @@ class ImageFolder:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """List the image files below a folder, sorted; hidden files and folders do not count."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    """List the image files below a folder, sorted; hidden files and folders do not count.
+
+    Links to folders are followed (classes are often chosen by links), unless they lead back to where they are.
+    """
+    found: list[Path] = []
+    for name, inner, files in os.walk(folder, followlinks=True):
+        place = Path(name)
+        inner[:] = [each for each in inner if not each.startswith(_HIDDEN) and not _leads_back(place / each)]
+        found += [place / each for each in files if not each.startswith(_HIDDEN)]
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
+def _leads_back(folder: Path) -> bool:
+    return folder.is_symlink() and folder.resolve() in {parent.resolve() for parent in folder.absolute().parents}
 
 
 def open_images(
@@ -429,8 +442,7 @@ def _decode(data: bytes, mode: str) -> Image.Image:
 
     # Pillow's plugins raise whatever a broken file makes them stumble on, and warn of what is handled here.
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as opened:
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as opened:
             opened.load()
             deep = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG")
             image = ImageOps.exif_transpose(opened)

@@ -50,6 +50,11 @@ def from_items(items: Iterator[tuple[str, object]], where: str, name: str, reque
     def read(spec: InputSpec, index: int) -> Array:
         return convert_values(spec, records[index][spec.name], request.preprocessing, f"{where}, input '{spec.name}'")
 
+    if request.dynamic_batch and (several := max(min(map(len, record.values())) for record in records)) > 1:
+        warnings[
+            f"{where}: records are fed, and counted by the number of samples, as they come, although some are "
+            f"{several} long along the first axis; if that is a batch, give its samples one by one"
+        ] = None
     one_shape_each = len(shapes) == len(request.inputs)
     return Calibration(
         source=f"{name}, {count_text(len(records), len(records), 0)}",
@@ -74,7 +79,7 @@ def _guarded(items: Iterator[tuple[str, object]], where: str) -> Iterator[tuple[
         yield from items
     except InputError:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise InputError(f"{where}: expected an iterable that yields data, found {error!r}; try it alone") from error
 
 
@@ -88,8 +93,8 @@ def _item(item: object, where: str, request: Request) -> tuple[dict[str, Array],
     else:
         raise InputError(
             f"{where}: expected an array, or a dict of arrays by the names of the inputs "
-            f"{quoted(s.name for s in request.inputs)}, found {type(item).__name__}; try to yield the images without "
-            "their labels"
+            f"{quoted(s.name for s in request.inputs)}, found {type(item).__name__}; try to yield "
+            f"{'dicts' if len(request.inputs) > 1 else 'the images without their labels'}"
         )
     return {spec.name: _with_batch_axis(spec, arrays[spec.name]).copy() for spec in request.inputs}, warnings
 

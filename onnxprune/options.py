@@ -112,24 +112,32 @@ with_preprocessing = _options(
     click.option("--resize", type=click.IntRange(min=1), metavar="N", help="Short side of images in a folder."),
     click.option("--crop", type=click.IntRange(min=1), metavar="N", help="Centre square of images in a folder."),
 )
-with_data = click.option(
-    "--data",
-    metavar="DATA",
-    help="Calibration data: an .npy or .npz file, a folder of images or of ONNX test data, or package.module:function."
-    " Default: MODEL.calib.npz or test_data_set_* beside the model.",
-)
-with_sampling = _options(
-    click.option(
-        "--samples",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Use at most N samples of the data (default 2500, with --quick 1000, with --thorough 5000).",
-    ),
-    click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples fed to the model at once."),
-    click.option(
-        "--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of every random choice (default 0)."
-    ),
-)
+
+
+def with_data(
+    default: str = "MODEL.calib.npz or test_data_set_* beside the model",
+) -> Callable[[_Function], _Function]:
+    """Where data come from, and what is taken where nothing is said."""
+    kinds = "an .npy or .npz file, a folder of images or of ONNX test data, or package.module:function"
+    return click.option("--data", metavar="DATA", help=f"Calibration data: {kinds}. Default: {default}.")
+
+
+def with_sampling(default: str) -> Callable[[_Function], _Function]:
+    """How many of the data are used, and which."""
+    return _options(
+        click.option(
+            "--samples",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help=f"Use at most N samples of the data (default {default}).",
+        ),
+        click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples fed to the model at once."),
+        click.option(
+            "--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of every random choice (default 0)."
+        ),
+    )
+
+
 with_mirror = click.option(
     "--mirror/--no-mirror",
     default=True,

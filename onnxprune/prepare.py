@@ -33,7 +33,7 @@ from onnxprune.picks import picked
 from onnxprune.pipeline import Chooser
 from onnxprune.probe import Feeds, probe
 from onnxprune.progress import Progress
-from onnxprune.report import DataEntry, Measures
+from onnxprune.report import DataEntry, Measures, plain
 from onnxprune.runtime import Runtime
 from onnxprune.selection import FROM_ACTIVATIONS
 from onnxprune.settings import Settings
@@ -188,8 +188,8 @@ def prepare(
     """
     runtime = Runtime(settings.provider, settings.threads)
     with progress.stage("load"):
-        path = None if isinstance(model, onnx.ModelProto) else Path(model)
         original = model_of(model)
+        path = None if isinstance(model, onnx.ModelProto) else Path(model)
         runtime, session = runtime.ready(original)
         graph = Graph(original, path.parent if path else None)
         kept = _kept(original, settings)
@@ -368,8 +368,16 @@ def _warnings(
                 "weights were fitted once, to statistics of the original network (--stats): with the data they are"
                 " fitted to the network as pruned so far, which keeps more"
             )
+        given, none = (plain(each) for each in (settings.preprocessing or Preprocessing(), Preprocessing()))
         if settings.data is None:
             found.append("fidelity was not measured: there were no data (--data gives some)")
+            if given != none:
+                found.append("the preprocessing options are not applied: there were no data")
+        elif kept.about.get("preprocessing", given) != given:
+            found.append(
+                "the preprocessing options are others than those that the statistics were collected with: of images,"
+                " fidelity says nothing unless they are alike (--mean, --std and so on)"
+            )
     if opened:
         plural = "s" if opened > 1 else ""
         found.append(
@@ -381,7 +389,8 @@ def _warnings(
         counted = "are counted as often as the first sample runs them" if analysis.nominal.turns else "are not counted"
         found.append(f"{hidden} layers in bodies of If, Loop or Scan stay as they are, and {counted}")
     if kept is None and len(calibration) < _FEWEST_TO_SPLIT:
-        count = f"{len(calibration)} sample{'s' if len(calibration) > 1 else ''}"
+        what = "sample" if calibration.batchable else "record"
+        count = f"{len(calibration)} {what}{'s' if len(calibration) > 1 else ''}"
         found.append(f"only {count}: fidelity is measured on those that the weights were fitted to")
     if settings.reconstruct:
         found += [*_quantised(analysis), *_picked(analysis)]

@@ -195,8 +195,18 @@ def count_text(used: int, total: int, batch: int, what: str = "samples") -> str:
 def unused_options(request: Request, dtypes: Iterable[np.dtype[Any]]) -> Iterator[str]:
     """Tell of preprocessing that was asked for and has nothing to act on."""
     options = request.preprocessing
-    images = any(takes_images(spec, dtype) for spec, dtype in zip(request.inputs, dtypes, strict=True))
+    images = [spec for spec, dtype in zip(request.inputs, dtypes, strict=True) if takes_images(spec, dtype)]
     if not images and options != DEFAULT:
         yield "the preprocessing options are not applied: the data are not uint8 images"
-    elif options.resize or options.crop:
+        return
+    yield from unused_in_images(request, images)
+    if options.resize or options.crop:
         yield "resize and crop are not applied: the data are arrays, not a folder of image files"
+
+
+def unused_in_images(request: Request, inputs: Iterable[InputSpec]) -> Iterator[str]:
+    """The same of images, for the inputs that take them."""
+    options = request.preprocessing
+    levels = (options.scale, options.mean, options.std) != (DEFAULT.scale, DEFAULT.mean, DEFAULT.std)
+    if levels and any(not spec.is_float for spec in inputs):
+        yield "scale, mean and std are not applied: the model takes the pixels of images as they are, in uint8"

@@ -62,6 +62,8 @@ class Runtime:
             raise InputError(
                 f"provider {self.provider!r} is not in this build of onnxruntime; it offers {', '.join(have)}"
             )
+        if self.threads < 0:
+            raise InputError(f"expected a number of threads of at least 0, found {self.threads}; 0 is one per core")
 
     def suited(self, model: onnx.ModelProto) -> Runtime:
         """This runtime, or one that runs the model in float32 where there are no kernels for its own types.

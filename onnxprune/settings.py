@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 from onnxprune.budget import ALLOCATIONS
@@ -57,6 +58,11 @@ class Settings:
             raise InputError(f"unknown selection {self.select!r}; expected one of {', '.join(METHODS)}")
         if self.budget not in ALLOCATIONS:
             raise InputError(f"unknown budget {self.budget!r}; expected one of {', '.join(ALLOCATIONS)}")
+        for name in ("samples", "batch_size", "batch", "memory", "seed", "threads"):
+            value = getattr(self, name)
+            if value is not getattr(Settings, name) and not isinstance(value, Integral):  # None where it is the default
+                raise InputError(f"expected a whole number as {name}, found {value!r}")
+            object.__setattr__(self, name, value if value is None else int(value))  # NumPy's know no JSON
         for name, value in (("samples", self.samples), ("batch size", self.batch_size)):
             if value is not None and value < 1:
                 raise InputError(f"expected a number of {name} of at least 1, found {value}")

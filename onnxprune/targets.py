@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -38,7 +40,7 @@ def multiple_of(round_to: int | str | None, target: str | None) -> int:
         if target is None and round_to is not None:
             raise InputError("--round-to auto takes the number from --target; name one, or give the number")
         return TARGETS[target][0] if target is not None else 1
-    if isinstance(round_to, str) or round_to < 1:
+    if not isinstance(round_to, Integral) or round_to < 1:
         raise InputError(f"expected a number of at least 1 or auto for --round-to, found {round_to!r}")
     return round_to
 
@@ -52,15 +54,15 @@ class Wanted:
     most: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.speedup, bool) or not isinstance(self.speedup, int | float):
+        if isinstance(self.speedup, bool) or not isinstance(self.speedup, Real):  # NumPy's among them
             raise InputError(f"expected a speed-up above 1, found {self.speedup!r}; try --speedup 2")
         if not np.isfinite(self.speedup) or self.speedup <= 1:
             raise InputError(f"expected a speed-up above 1, found {self.speedup}; try --speedup 2")
         if self.by not in UNITS:
             raise InputError(f"unknown unit {self.by!r} of the budget; expected one of {', '.join(UNITS)}")
         for name, value in self.most.items():
-            if not value > 0:
-                raise InputError(f"expected a number above 0 for --max-{name}, found {value:g}")
+            if not (isinstance(value, Real) and value > 0):
+                raise InputError(f"expected a number above 0 for --max-{name}, found {value!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +123,7 @@ def limits(
         floor = costs[name].total(least)
         if floor > most and not best_effort:
             raise UnreachableTarget(
-                f"at most {most:g} {UNITS[name]} cannot be reached; the fewest for this model are {floor:.4g}"
+                f"at most {most:g} {UNITS[name]} cannot be reached; the fewest for this model are {math.ceil(floor)}"
                 f"{_what_holds(analysis)} (see onnxprune inspect; --best-effort goes as far as possible)",
                 before[name] / floor,
             )
@@ -129,13 +131,25 @@ def limits(
     return found
 
 
+def rounded_down(number: float) -> str:
+    """Three digits of a number, and not more than it is: what is said to be reachable can be asked for.
+
+    >>> rounded_down(75.896), rounded_down(2.0), rounded_down(1.0)
+    ('75.8', '2', '1')
+    """
+    if not math.isfinite(number):
+        return f"{number:g}"
+    step = 10.0 ** (math.floor(math.log10(number)) - 2)
+    return f"{math.floor(number / step * (1 + 1e-12)) * step:.3g}"
+
+
 def unreachable(analysis: Analysis, wanted: Wanted, reachable: float, where: str = "") -> UnreachableTarget:
     """What to say where the ratio cannot be reached."""
     unit = "" if wanted.by == "macs" else f" in {UNITS[wanted.by]}"
     further = "; --best-effort goes as far as possible" if reachable > 1.0 else ""
     return UnreachableTarget(
-        f"a speed-up of {wanted.speedup:g}{unit} cannot be reached; the largest for this model is {reachable:.3g}"
-        f"{where}{_what_holds(analysis)} (see onnxprune inspect{further})",
+        f"a speed-up of {wanted.speedup:g}{unit} cannot be reached; the largest for this model is"
+        f" {rounded_down(reachable)}{where}{_what_holds(analysis)} (see onnxprune inspect{further})",
         reachable,
     )
 
@@ -145,7 +159,8 @@ def _rounded(cost: Cost, before: float, least: np.ndarray) -> str:
     fewest = cost.total(np.ones_like(least)) if len(least) else 0.0
     if not fewest or fewest >= cost.total(least):
         return ""
-    return f" at widths that are multiples, which --round-to or --target asks for ({before / fewest:.3g} at any width)"
+    any_width = rounded_down(before / fewest)
+    return f" at widths that are multiples, which --round-to or --target asks for ({any_width} at any width)"
 
 
 def _what_holds(analysis: Analysis) -> str:

@@ -115,6 +115,11 @@ def is_outside(tensor: onnx.TensorProto) -> bool:
     return tensor.data_location == TensorProto.EXTERNAL
 
 
+def is_attached(tensor: onnx.TensorProto) -> bool:
+    """Whether it is known in which folder that file is."""
+    return "basepath" in _entries(tensor)
+
+
 def array_of(tensor: onnx.TensorProto) -> np.ndarray:
     """A tensor's values; those outside are mapped, not read."""
     if not is_outside(tensor):
@@ -145,8 +150,18 @@ def attach(model: onnx.ModelProto, path: Path) -> None:
         if is_outside(tensor):
             _attach(tensor, path, stays=tensor.data_type not in _PACKED)
     for tensor in every_tensor(model):
-        if is_outside(tensor) and "basepath" not in _entries(tensor):
+        if is_outside(tensor) and not is_attached(tensor):
             _attach(tensor, path, stays=False)
+
+
+def files_of(path: Path) -> list[Path]:
+    """Files that a model keeps tensors in; none where it cannot be read, of which whoever reads it has to speak."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # protobuf's own errors share no base class
+        return []
+    names = {_entries(tensor).get("location", "") for tensor in every_tensor(model) if is_outside(tensor)} - {""}
+    return [path.parent / name for name in sorted(names)]
 
 
 def _attach(tensor: onnx.TensorProto, path: Path, *, stays: bool) -> None:
@@ -339,7 +354,7 @@ def layout(
     """The message to write, and what goes into files beside it, each value aligned.
 
     Tensors that were outside go to files of the same names beside the new one, or to one named after it where those are
-    the files that they come from, or places that are ``taken``.
+    the files that they come from, those of another model there, or places that are ``taken``.
     """
     small, values = detached(model)
     if not values:
@@ -347,15 +362,17 @@ def layout(
     origin = {t.name: t for t in model.graph.initializer}
     outside = [_entries(t) for t in model.graph.initializer if is_outside(t)]
     taken = {*taken, *((Path(e.get("origin", e["basepath"])) / e["location"]).resolve() for e in outside)}
+    replaced = files_of(path)
     files: dict[Path, list[np.ndarray]] = {}
     ends: dict[Path, int] = {}
     for tensor in small.graph.initializer:
         if tensor.name not in values:
             continue
         location = _entries(origin[tensor.name]).get("location", f"{path.name}.data")
-        if (path.parent / location).resolve() in taken:
-            location = f"{path.name}.data"
         target = path.parent / location
+        if target.resolve() in taken or (target.exists() and target not in replaced):
+            location = f"{path.name}.data"
+            target = path.parent / location
         start = -(-ends.get(target, 0) // ALIGNED) * ALIGNED
         array = values[tensor.name]
         files.setdefault(target, []).append(array)

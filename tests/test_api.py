@@ -19,7 +19,7 @@ from test_report import PROMISED
 
 import onnxprune
 from onnxprune import pipeline
-from onnxprune.api import Result, analyze, count_model_macs, prune, prune_family
+from onnxprune.api import Result, analyze, collect, compare, count_model_macs, prune, prune_family
 from onnxprune.cost import params
 from onnxprune.data import load_calibration
 from onnxprune.errors import InputError, UnreachableTarget
@@ -281,6 +281,8 @@ def test_an_absurd_speedup_is_refused_with_the_reachable_one() -> None:
         small(chain(), speedup=1e6)
     assert caught.value.reachable == pytest.approx(reachable)
     assert caught.value.exit_status == 3
+    said = str(caught.value).partition("for this model is ")[2].partition(";")[0]
+    assert small(chain(), speedup=float(said), select="l1", reconstruct=False).report.achieved.macs >= float(said)
     assert "an input of the graph" in str(caught.value) or "an output of the graph" in str(caught.value)
 
 
@@ -348,13 +350,35 @@ def test_only_and_exclude_choose_the_layers(options: dict[str, Any], narrower: s
         ({"batch_size": 0}, "expected a number of batch size of at least 1, found 0"),
         ({"only": "("}, r"--only '\(' is not a regular expression"),
         ({"exclude": "nowhere"}, "--exclude 'nowhere' matches no layer of the model; its layers are a, b, c, head"),
+        ({"only": ["a"]}, "is not a regular expression"),
         ({"provider": "abacus"}, "unknown provider 'abacus'"),
+        ({"samples": 8.0}, "expected a whole number as samples, found 8.0"),
+        ({"memory": "512MiB"}, "expected a whole number as memory, found '512MiB'"),
+        ({"seed": None}, "expected a whole number as seed, found None"),
+        ({"round_to": 2.5}, "expected a number of at least 1 or auto for --round-to, found 2.5"),
+        ({"max_macs": "5M"}, "expected a number above 0 for --max-macs, found '5M'"),
+        ({"preprocessing": {"mean": 0.5}}, "expected an onnxprune.Preprocessing, found dict"),
         ({"data": np.zeros((4, 5, 8, 8), np.float32)}, "calibration data"),
     ],
 )
 def test_options_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         small(chain(), **options)
+
+
+def test_numbers_may_be_those_of_numpy(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"samples": np.int64(12), "seed": np.int32(1)}
+    result = small(chain(), speedup=np.float32(1.5), round_to=np.int64(2), max_params=np.int64(1 << 20), **options)
+    assert Report.from_json(result.report.to_json()).target.speedup == 1.5
+    data = np.random.default_rng(0).standard_normal((12, 3, 8, 8))
+    collect(chain(), data=data, threads=np.int8(1), **options).save(tmp_path / "stats.npz")
+
+
+@pytest.mark.parametrize("given", [b"", None, 3])
+def test_what_is_no_model_is_refused(given: Any) -> None:
+    for function in (prune, analyze, collect, functools.partial(compare, chain())):
+        with pytest.raises(InputError, match=f"or an onnx.ModelProto, found {type(given).__name__}; try onnx.load"):
+            function(given)
 
 
 def test_a_file_is_not_overwritten_unless_told(tmp_path: Path) -> None:
@@ -366,6 +390,8 @@ def test_a_file_is_not_overwritten_unless_told(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
     result.save(path, force=True)
     assert onnx.load(path) == result.model
+    with pytest.raises(InputError, match=r"there is no folder .*nowhere; make it"):
+        result.save(tmp_path / "nowhere" / "model.onnx")
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of graph

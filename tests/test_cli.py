@@ -23,6 +23,7 @@ from onnxprune.options import PROVIDERS
 from onnxprune.report import Report
 
 WIDTH = 16
+ROOT = Path(__file__).parent.parent
 
 
 def build(*, groups=True, classes=4, seed=0, name="tiny") -> onnx.ModelProto:
@@ -154,6 +155,7 @@ REFUSED = [
     ("model.onnx --data layout.npy", 2, "the data are NHWC"),
     ("model.onnx --data names.npz", 2, "expected arrays named 'x'"),
     ("model.onnx --data nothing", 2, "an empty folder"),
+    ("model.onnx --data=", 2, "found an empty path"),
     ("model.onnx --data nan.npy", 2, "NaN or infinity"),
     ("model.onnx --data inf.npy", 2, "NaN or infinity"),
     ("model.onnx --data nomodule:function", 2, "expected a function that can be imported"),
@@ -371,6 +373,17 @@ def test_json_is_the_only_thing_on_stdout(folder, capsys):
     assert all("allow no closer" in line for line in err.splitlines())
 
 
+def test_what_the_source_of_the_data_prints_is_no_result(folder, capsys):
+    (folder / "calib_prints.py").write_text(
+        "import numpy as np\nprint('imported')\n"
+        "def f():\n    print('called')\n    yield np.ones((1, 3, 8, 8), np.float32)\n"
+    )
+    assert main(["model.onnx", "--data", "calib_prints:f", "--select", "l1", "--no-reconstruct", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["data"]["samples"] == 1
+    assert "imported" in err and "called" in err
+
+
 def test_quiet_says_nothing(folder, capsys):
     assert main(["model.onnx", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -428,6 +441,8 @@ def test_compare_puts_two_models_side_by_side(folder, capsys):
         (ValueError("two\nlines"), 1, "two lines"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "scratch"), 2, "scratch cannot be used: No space left on device"),
+        (MemoryError("Unable to allocate 30 GiB"), 2, "not enough memory (Unable to allocate 30 GiB); try --memory"),
+        (MemoryError(), 2, "there is not enough memory; try --memory, or fewer --samples"),
     ],
 )
 @pytest.mark.parametrize("verbose", [False, True])
@@ -471,6 +486,38 @@ def test_help_imports_nothing_heavy(arguments):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage: onnxprune" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("prune", ["default 2500, with --quick 1000, with --thorough 5000", "MODEL.calib.npz or test_data_set_*"]),
+        ("collect", ["(default 2500)", "MODEL.calib.npz or test_data_set_*"]),
+        ("compare", ["(default all)", "A.calib.npz or test_data_set_*"]),
+        ("inspect", ["Default: none"]),
+    ],
+)
+def test_help_says_the_defaults_of_each_command(capsys, command, expected):
+    assert main([command, "-h"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for text in expected:
+        assert text in said
+
+
+def test_a_closed_stderr_is_no_fault(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main([*GOOD.split(), "--select", "l1", "--no-reconstruct"]) == 0
+    assert (folder / "model.pruned.onnx").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_a_stdout_that_takes_no_more_is_no_fault(folder, option):
+    line = [sys.executable, "-m", "onnxprune", "inspect", str(folder / "model.onnx"), *option]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == "onnxprune: stdout cannot be used: No space left on device\n"
 
 
 @pytest.mark.parametrize("module", ["onnxprune", "onnxprune.cli"])

@@ -119,6 +119,27 @@ def test_uint8_model_gets_the_pixels():
 def test_options_that_have_no_effect_are_told():
     assert "not applied" in load_calibration(FLOATS, [FLAT], preprocessing=Preprocessing(mean=(0.5,))).warnings[0]
     assert "resize and crop" in load_calibration(PIXELS, [NCHW], preprocessing=Preprocessing(crop=4)).warnings[0]
+    pixels = spec(N, 3, 4, 5, dtype="uint8")  # taken as they are
+    assert (
+        "mean and std are not" in load_calibration(PIXELS, [pixels], preprocessing=Preprocessing(std=(2,))).warnings[0]
+    )
+    assert not load_calibration(PIXELS, [pixels], preprocessing=Preprocessing(bgr=True)).warnings
+    assert "not applied" in load_calibration(None, [NCHW], preprocessing=Preprocessing(mean=(0.5,))).warnings[1]
+
+
+def test_a_folder_says_the_same_of_options_that_have_no_effect(tmp_path):
+    folder = save_images(tmp_path, {"a.png": picture()})
+    options = Preprocessing(mean=(0.5,))
+    assert (
+        "mean and std" in load_calibration(folder, [spec(N, 3, 4, 5, dtype="uint8")], preprocessing=options).warnings[0]
+    )
+    assert not load_calibration(folder, [NCHW], preprocessing=options).warnings
+
+
+def test_a_number_as_mean_or_std_is_that_of_every_channel():
+    options = Preprocessing(mean=0.5, std=np.array([0.25, 0.5, 1]))
+    assert (options.mean, options.std) == ((0.5,), (0.25, 0.5, 1.0))
+    assert hash(options) == hash(Preprocessing(mean=[0.5], std=[0.25, 0.5, 1]))
 
 
 @pytest.mark.parametrize(
@@ -226,12 +247,14 @@ INTS = spec(N, 7, dtype="int32")
         (FLOATS.astype(str), [FLAT], "expected float32 .* found <U"),
         (FLOATS[:0], [FLAT], "expected at least 1 sample"),
         (np.float32(1), [FLAT], r"expected shape \[N, 7\] .* found \[\]"),
+        (FLOATS, [spec()], "try to state the input's shape in the model"),
         (FLOATS[:, :5], [FLAT], r"expected shape \[N, 7\] for input 'x', found \[6, 5\]"),
         (FLOATS[0], [FLAT], r"found \[7\]; try array\[None\]"),
         (FLOATS, [NCHW], r"expected shape \[N, 3, 4, 5\] for input 'x', found \[6, 7\]"),
         (PIXELS / 255, [NCHW], r"try array.transpose\(0, 3, 1, 2\): the data are NHWC, the model's layout is NCHW"),
         (PIXELS.transpose(0, 3, 1, 2) / 255, [NHWC], r"try array.transpose\(0, 2, 3, 1\): the data are NCHW"),
         (PIXELS, [spec(N, 3, 8, 8)], r"expected images of 8x8 pixels \(height x width\) for input 'x', found 4x5"),
+        (PIXELS[0], [NCHW], r"try to give a single image, of shape \[4, 5, 3\], as array\[None\]"),
         (PIXELS, [GREY], r"expected images with 1 channel\(s\) .* found 3 .* convert the images to grey"),
         (np.zeros((2, 4, 5, 4), np.uint8), [NCHW], "found 4 .*drop the alpha channel"),
         (np.zeros((2, 8, 4, 5), np.uint8), [spec(N, 8, 4, 5)], "expected uint8 images as"),
@@ -323,7 +346,11 @@ def test_more_file_refusals(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"samples": 0}, "expected at least 1 sample, found 0"), ({"seed": -1}, "expected a seed of 0 or more")],
+    [
+        ({"samples": 0}, "expected at least 1 sample, found 0"),
+        ({"seed": -1}, "expected a seed of 0 or more"),
+        ({"preprocessing": {"mean": 0.5}}, "expected an onnxprune.Preprocessing, found dict"),
+    ],
 )
 def test_option_refusals(options, text):
     with pytest.raises(InputError, match=text):
@@ -367,6 +394,43 @@ def test_folder_modes(tmp_path, mode, model, channels):
         expected = np.asarray(expected or opaque.convert(channels)).reshape(4, 5, -1)
     found = everything(load_calibration(tmp_path, [model], preprocessing=Preprocessing(scale=1.0)))["x"]
     np.testing.assert_array_equal(found[0], expected.transpose(2, 0, 1))
+
+
+def test_links_to_folders_are_followed_unless_they_lead_back(tmp_path):
+    save_images(
+        tmp_path, {"all/cat/a.png": picture(), "all/dog/b.png": picture(seed=1), "some/own.png": picture(seed=2)}
+    )
+    (tmp_path / "some" / "cat").symlink_to(tmp_path / "all" / "cat")
+    (tmp_path / "all" / "cat" / "back").symlink_to(tmp_path / "some")
+    (tmp_path / "some" / "here").symlink_to(".")
+    data = load_calibration(tmp_path / "some", [NCHW])
+    assert data.source == "some, 2 images"
+
+
+@pytest.mark.parametrize("given", [".", "..", "../f"])
+def test_a_folder_is_called_by_its_name_however_it_is_given(tmp_path, monkeypatch, given):
+    folder = save_images(tmp_path / "f", {"a.png": picture()})
+    (folder / "inner").mkdir()
+    whole = load_calibration(folder, [NCHW])
+    monkeypatch.chdir(folder / "inner" if given == ".." else folder)
+    found = load_calibration(given, [NCHW])
+    assert found.source == "f, 1 image" and found.digest == whole.digest
+    save_tensors(folder / "test_data_set_0", [FLOATS[:1]])
+    assert load_calibration(given, [FLAT]).source == "f, 1 record"
+    monkeypatch.chdir(folder)
+    assert load_calibration(None, [FLAT], model_path=Path("model.onnx")).source == "f, 1 record"
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_pillow_warns_of_is_not_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15)  # warned of up to twice as many
+    assert len(load_calibration(save_images(tmp_path, {"a.png": picture()}), [NCHW])) == 1
+
+
+def test_an_empty_path_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(save_images(tmp_path, {"a.png": picture()}))
+    with pytest.raises(InputError, match="found an empty path; is a variable not set"):
+        load_calibration("", [NCHW])
 
 
 def test_folder_applies_exif_orientation(tmp_path):
@@ -526,6 +590,7 @@ def test_items_of_several_shapes_are_run_one_by_one():
     assert not data.batchable and {data.feeds([r])["x"].shape for r in (0, 1)} == {(1, 3), (1, 4)}
     batches = load_calibration([FLOATS, FLOATS[:2]], [FLAT])
     assert not batches.batchable and len(batches) == 2
+    assert "some are 6 long along the first axis" in batches.warnings[0]
 
 
 def test_items_make_fixed_batches():
@@ -547,12 +612,15 @@ def test_module_and_function(tmp_path, monkeypatch):
         "class C:\n    @staticmethod\n    def f():\n        yield {'x': np.ones((1, 7))}\n"
         "def nothing():\n    yield from ()\n"
         "def none():\n    pass\n"
+        "def path():\n    return 'images'\n"
         "def fails():\n    yield np.ones((1, 7))\n    raise KeyError('oops')\n"
         "def needs(x):\n    pass\n"
         "def labelled():\n    yield np.ones((1, 7)), 3\n"
+        "def ends():\n    yield np.ones((1, 7))\n    raise SystemExit\n"
         "number = 3\n"
     )
     (tmp_path / "calib_broken.py").write_text("1 / 0\n")
+    (tmp_path / "calib_script.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
     data = load_calibration("calib_source:C.f", [FLAT])
     assert data.source == "calib_source:C.f, 1 record"
@@ -561,9 +629,12 @@ def test_module_and_function(tmp_path, monkeypatch):
         ("calib_source:missing", "found AttributeError"),
         ("calib_nowhere:f", "found ModuleNotFoundError: No module named 'calib_nowhere'"),
         ("calib_broken:f", "found ZeroDivisionError"),
+        ("calib_script:f", "found SystemExit: 0"),
+        ("calib_source:ends", "found SystemExit"),
         ("calib_source:number", "expected a callable, found int"),
         ("calib_source:nothing", "expected at least one record, found none"),
         ("calib_source:none", "found NoneType"),
+        ("calib_source:path", "expected an array, .* found str"),
         ("calib_source:fails", r"found KeyError\('oops'\)"),
         ("calib_source:needs", "found TypeError.*missing 1 required positional argument"),
         ("calib_source:labelled", "record 0: expected an array, .* found tuple; try to yield .* without"),
@@ -587,6 +658,11 @@ def test_item_refusals(items, text):
     for source in (items, iter(items)):
         with pytest.raises(InputError, match=text):
             load_calibration(source, [FLAT])
+
+
+def test_records_of_several_inputs_are_dicts():
+    with pytest.raises(InputError, match="found tuple; try to yield dicts"):
+        load_calibration([(FLOATS, FLOATS)], [FLAT, spec(N, 7, name="z")])
 
 
 # ------------------------------------------------------------------------------- beside the model; random

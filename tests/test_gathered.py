@@ -14,6 +14,7 @@ from builder import Builder, run
 from onnxprune import archive
 from onnxprune.api import collect, prune, prune_family
 from onnxprune.cli import main
+from onnxprune.data import Preprocessing
 from onnxprune.errors import InputError
 from onnxprune.gathered import Gathered
 from onnxprune.pipeline import Chooser
@@ -93,6 +94,20 @@ def test_data_beside_statistics_measure_fidelity(kept: Path) -> None:
     other = prune(network(), stats=kept, data=X[:20] + 1, threads=1).report.fidelity
     assert other.samples == 20
     assert not other.is_random
+
+
+def test_options_that_the_statistics_do_not_have_are_named(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    path, options = tmp_path / "stats.npz", Preprocessing(mean=0.5, std=(0.2, 0.2, 0.3))
+    collect(network(), data=images, preprocessing=options, threads=1).save(path)
+
+    def said(**given: Any) -> list[str]:
+        report = prune(network(), stats=path, threads=1, **given).report
+        return [warning for warning in report.warnings if "preprocessing" in warning]
+
+    assert not said() and not said(data=images, preprocessing=options)
+    assert "are others than those that the statistics were collected with" in said(data=images)[0]
+    assert "not applied: there were no data" in said(preprocessing=options)[0]
 
 
 def spoil(path: Path, target: Path, **changes: Any) -> Path:

@@ -233,13 +233,13 @@ def test_overview():
     groups = tuple(GroupOverview(f"conv{k}", 8, ("a", "b", "c"), ("d",), 0.5) for k in range(50))
     found = Overview(2_000_000, 0.9, 3.5, groups, (STAYS,))
     text = shown(show_overview, found)
-    words = ("conv0", "a, b and 1 more", "50.0 %", "no row", "Erf n7, axis 1 of t", "64", "90.0 %", "3.50x", "a row")
+    words = ("conv0", "a, b and 1 more", "50.0 %", "no row", "Erf n7, axis 1 of t", "64", "90.0 %", "3.5x", "a row")
     for word in words:
         assert word in text
     assert "a !b -> a" not in text and "rule: a !b -> a" in shown(show_overview, found, verbose=True)
     lines = render_overview(found).splitlines()
     assert lines[0] == "## 2.0 M MACs, of which 90.0 % in layers that may shrink"
-    assert "Largest reachable speed-up, in MACs: 3.50x." in lines
+    assert "Largest reachable speed-up, in MACs: 3.5x." in lines
     assert "| no row | 64 | 50.0 % | Erf n7, axis 1 of t | a !b -> a | fc | a row |" in lines
     assert sum(line.startswith("| conv") for line in lines) == 50
     assert "and 10 more groups" in text

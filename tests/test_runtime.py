@@ -117,3 +117,8 @@ def test_a_model_that_the_runtime_fails_to_optimise_is_run_as_it_stands(monkeypa
     report = prune(network(), data=X, select="l1", reconstruct=False, threads=1).report
     assert report.after.latency_ms is not None
     assert sum("fails to optimise the model" in warning for warning in report.warnings) == 1
+
+
+def test_a_number_of_threads_that_cannot_be_is_refused() -> None:
+    with pytest.raises(InputError, match="expected a number of threads of at least 0, found -1"):
+        Runtime("cpu", -1)

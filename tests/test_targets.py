@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from onnxprune.costs import Cost, CostModel, PeakMemory, Several, parameters
 from onnxprune.counting import count_model_macs, count_peak_memory
 from onnxprune.errors import InputError, UnreachableTarget
 from onnxprune.rewrite import rewrite
-from onnxprune.targets import Limit, Wanted, counted_costs, limits, widths
+from onnxprune.targets import Limit, Wanted, counted_costs, limits, rounded_down, widths
 
 DIGITS = Path(__file__).parent.parent / "models" / "digits_resnet.onnx"
 
@@ -121,13 +122,21 @@ def test_widths_of_a_multiple_or_the_whole_group() -> None:
     assert [len(w) for w in widths(analysis)] == [20, 6, 16]
 
 
+@pytest.mark.parametrize("number", [1.0, 1.0049, 2.0, 2.9, 9.9999, 75.896, 123456.7, 1 / 0.35])
+def test_what_is_said_to_be_reachable_is(number: float) -> None:
+    assert 0.99 * number < float(rounded_down(number)) <= number
+
+
 def test_a_limit_that_cannot_be_met_says_the_least() -> None:
     analysis, copies = prepared("vgg")
     costs = counted_costs(analysis, ["macs", "params"], copies)
     before = {name: cost.total(units_of(analysis)) for name, cost in costs.items()}
     wanted = Wanted(1.5, "macs", {"params": 10})
-    with pytest.raises(UnreachableTarget, match="at most 10 parameters cannot be reached; the fewest for this model"):
+    fewest = r"at most 10 parameters cannot be reached; the fewest for this model are (\d+)"
+    with pytest.raises(UnreachableTarget, match=fewest) as caught:
         limits(analysis, wanted, costs, before, widths(analysis), False)
+    said = re.findall(fewest, str(caught.value))
+    limits(analysis, Wanted(1.5, "macs", {"params": float(said[0])}), costs, before, widths(analysis), False)
     found: list[Limit] = limits(analysis, wanted, costs, before, widths(analysis), True)
     assert [limit.name for limit in found] == ["macs", "params"]
     assert found[1].limit == costs["params"].total(np.ones(len(analysis.groups)))

@@ -301,3 +301,65 @@ def test_sparse_weights_are_written_out_and_cut(tmp_path: Path, linear: bool) ->
     for result in results:
         np.testing.assert_array_equal(run(result.model, {"x": X})[0], run(results[-1].model, {"x": X})[0])
         assert {first.name, second.name} <= set(result.report.removed)
+
+
+def test_a_model_in_memory_has_to_say_where_its_tensors_are(tmp_path: Path) -> None:
+    apart = onnx.load(saved(tmp_path), load_external_data=False)
+    with pytest.raises(InputError, match="is in another file, and nothing says in which folder; try the path"):
+        prune(apart, threads=1)
+    assert len(analyze(read_model(tmp_path / "m.onnx"), threads=1).analysis.groups) > 1
+
+
+def test_what_stands_beside_the_new_model_is_left_alone(tmp_path: Path) -> None:
+    """The file of tensors has the name that it has beside the original, but not where another model keeps its own."""
+    path, out = saved(tmp_path / "in"), tmp_path / "out"
+    out.mkdir()
+    two, three = (prune(path, data=X, speedup=speedup, threads=1, reconstruct=False) for speedup in (2, 3))
+    two.save(out / "two.onnx")
+    three.save(out / "three.onnx", force=True)
+    assert {p.name for p in out.iterdir()} == {"two.onnx", "weights.bin", "three.onnx", "three.onnx.data"}
+    assert same(onnx.load(out / "two.onnx"), two.model) and same(onnx.load(out / "three.onnx"), three.model)
+    two.save(out / "three.onnx", force=True)
+    three.save(out / "two.onnx", force=True)
+    assert {p.name for p in out.iterdir()} == {"two.onnx", "weights.bin", "three.onnx", "three.onnx.data"}
+    assert same(onnx.load(out / "two.onnx"), three.model) and same(onnx.load(out / "three.onnx"), two.model)
+
+
+def test_a_folder_of_tensors_is_made_where_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    onnx.save(network(), tmp_path / "in" / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    model = onnx.load(tmp_path / "in" / "m.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        next(entry for entry in tensor.external_data if entry.key == "location").value = "deep/w.bin"
+    (tmp_path / "in" / "m.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "in" / "deep").mkdir()
+    (tmp_path / "in" / "w.bin").rename(tmp_path / "in" / "deep" / "w.bin")
+    line = [str(tmp_path / "in" / "m.onnx"), "-o", str(tmp_path / "out" / "m.onnx"), "--threads", "1"]
+    assert main([*line, "--select", "l1", "--no-reconstruct"]) == 0
+    assert (tmp_path / "out" / "deep" / "w.bin").is_file()
+    onnx.load(tmp_path / "out" / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("-o in/weights.bin --force", "output in/weights.bin is the file weights.bin of the model's tensors itself"),
+        ("--report in/weights.bin --force", "report in/weights.bin is the file weights.bin of the model's tensors"),
+        ("-o in/stale.onnx", "file of tensors in/stale.onnx.data exists already; try another path with -o, or --force"),
+        ("-o in/new.onnx --report in/new.onnx.data", "file of tensors in/new.onnx.data is the report new.onnx.data"),
+    ],
+)
+def test_files_of_tensors_are_looked_at_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
+    saved(tmp_path / "in")
+    (tmp_path / "in" / "stale.onnx.data").write_bytes(b"precious")
+    before = {p: p.read_bytes() for p in (tmp_path / "in").iterdir()}
+    monkeypatch.chdir(tmp_path)
+    assert main(["in/m.onnx", *line.split()]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1  # and no warning of random data: nothing was begun
+    assert {p: p.read_bytes() for p in (tmp_path / "in").iterdir()} == before
+    assert main(["collect", "in/m.onnx", "-o", "in/weights.bin", "--force"]) == 2
+    assert {p: p.read_bytes() for p in (tmp_path / "in").iterdir()} == before

@@ -19,7 +19,7 @@ from onnxprune.report.text import (
     quantity,
     some,
 )
-from onnxprune.targets import UNITS
+from onnxprune.targets import UNITS, rounded_down
 
 
 def render(report: Report) -> str:
@@ -50,7 +50,9 @@ def render_overview(found: Overview) -> str:
     able = f"{percent(found.prunable_macs)} in layers that may shrink"
     parts = [
         f"## {quantity(found.macs)} MACs, of which {able}",
-        f"Largest reachable speed-up, in MACs: {found.reachable:.2f}x." if found.groups else "Nothing to prune.",
+        f"Largest reachable speed-up, in MACs: {rounded_down(found.reachable)}x."
+        if found.groups
+        else "Nothing to prune.",
     ]
     if found.groups:
         rows = [

@@ -18,6 +18,7 @@ from onnxprune.cost import Latency
 from onnxprune.progress import Progress
 from onnxprune.report import FrozenEntry, GroupEntry, Measures, Report
 from onnxprune.report.overview import Overview
+from onnxprune.targets import rounded_down
 
 _PIPE_WIDTH = 120  # columns, where there is no terminal to ask
 _MOST_ROWS = 40
@@ -258,7 +259,7 @@ def show_overview(found: Overview, out: Console, *, verbose: bool = False) -> No
             _line(out, f"and {len(found.frozen) - len(stays)} more places (all: --verbose)")
     _line(out, f"MACs: {quantity(found.macs)}, of which {percent(found.prunable_macs)} in layers that may shrink")
     if found.groups:
-        _line(out, f"largest reachable speed-up, in MACs: {found.reachable:.2f}x")
+        _line(out, f"largest reachable speed-up, in MACs: {rounded_down(found.reachable)}x")
     else:
         _line(out, "nothing to prune")
 
