@@ -16,7 +16,10 @@ from onnxprune.records import Calibration, Request, as_array, count_text, matche
 
 
 def from_items(items: Iterator[tuple[str, object]], where: str, name: str, request: Request) -> Calibration:
-    """Keep the first items, each a record (or, in a fixed batch, a sample) under a label for messages."""
+    """Keep the first items, under labels for messages.
+
+    Each is a record, or in a fixed batch a sample; of a model that takes batches of any size a batch of records.
+    """
     records: list[dict[str, Array]] = []
     pending: list[dict[str, Array]] = []
     shapes: set[tuple[str, tuple[int, ...]]] = set()
@@ -26,18 +29,21 @@ def from_items(items: Iterator[tuple[str, object]], where: str, name: str, reque
         warnings.update(dict.fromkeys(ignored))
         single = all(arrays[spec.name].shape[:1] == (1,) for spec in request.inputs if spec.shape)
         group = single and request.batch > 1
+        samples = _samples(arrays, request)
         for spec in request.inputs:
             wanted = replace(spec, shape=(1, *spec.shape[1:])) if group and spec.shape else spec
             array, here = arrays[spec.name], f"{where}, {label}, input '{spec.name}'"
             check_values(wanted, array.shape, array.dtype, request.preprocessing, here)
-            shapes.add((spec.name, convert_values(spec, array, request.preprocessing, here).shape))
+            shape = convert_values(spec, array, request.preprocessing, here).shape
+            shapes.add((spec.name, (1, *shape[1:]) if len(samples) > 1 else shape))
         if group:
             pending.append(arrays)
             if len(pending) < request.batch:
                 continue
-            arrays, pending = _together(pending, request, where), []
-        records.append(arrays)
-        if len(records) == request.samples:
+            samples, pending = [_together(pending, request, where)], []
+        records += samples
+        if request.samples is not None and len(records) >= request.samples:
+            del records[request.samples :]
             break
     if not records:
         found = f"{len(pending)} sample(s) for a batch of {request.batch}" if pending else "none"
@@ -50,11 +56,6 @@ def from_items(items: Iterator[tuple[str, object]], where: str, name: str, reque
     def read(spec: InputSpec, index: int) -> Array:
         return convert_values(spec, records[index][spec.name], request.preprocessing, f"{where}, input '{spec.name}'")
 
-    if request.dynamic_batch and (several := max(min(map(len, record.values())) for record in records)) > 1:
-        warnings[
-            f"{where}: records are fed, and counted by the number of samples, as they come, although some are "
-            f"{several} long along the first axis; if that is a batch, give its samples one by one"
-        ] = None
     one_shape_each = len(shapes) == len(request.inputs)
     return Calibration(
         source=f"{name}, {count_text(len(records), len(records), 0)}",
@@ -65,6 +66,14 @@ def from_items(items: Iterator[tuple[str, object]], where: str, name: str, reque
         _readers={spec.name: partial(read, spec) for spec in request.inputs},
         _order=request.choose(len(records), None),
     )
+
+
+def _samples(arrays: dict[str, Array], request: Request) -> list[dict[str, Array]]:
+    """The records that an item holds: where inputs take batches of any size, one for every row of them all."""
+    lengths = {len(array) for array in arrays.values()} if request.dynamic_batch else set()
+    if len(lengths) != 1:
+        return [arrays]
+    return [{name: array[k : k + 1] for name, array in arrays.items()} for k in range(lengths.pop())]
 
 
 def _record_digest(record: Mapping[str, Array]) -> bytes:

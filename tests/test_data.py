@@ -588,9 +588,20 @@ def test_endless_generator_is_consumed_as_far_as_needed():
 def test_items_of_several_shapes_are_run_one_by_one():
     data = load_calibration([np.zeros((1, n), np.float32) for n in (3, 4)], [spec(N, N)])
     assert not data.batchable and {data.feeds([r])["x"].shape for r in (0, 1)} == {(1, 3), (1, 4)}
-    batches = load_calibration([FLOATS, FLOATS[:2]], [FLAT])
-    assert not batches.batchable and len(batches) == 2
-    assert "some are 6 long along the first axis" in batches.warnings[0]
+
+
+def test_batches_of_an_iterable_are_as_many_samples():
+    """As the rows of an array are, and as loaders of training code give them."""
+    data = load_calibration(iter([FLOATS, FLOATS[:2]]), [FLAT])
+    assert data.batchable and len(data) == 8 and not data.warnings
+    np.testing.assert_array_equal(unshuffled(data), np.concatenate([FLOATS, FLOATS[:2]]))
+    assert len(load_calibration(itertools.repeat(FLOATS), [FLAT], samples=8)) == 8
+    pair = [FLAT, spec(N, 2, name="y")]
+    data = load_calibration([{"x": FLOATS, "y": FLOATS[:, :2]}], pair)
+    assert len(data) == 6 and data.feeds([0])["x"][0, 0] == data.feeds([0])["y"][0, 0]
+    # of nodes of a graph and their adjacency, the first axis counts no samples
+    nodes = InputSpec("x", (N, N), np.dtype("float32"), stacks=False)
+    assert len(load_calibration([np.eye(6, dtype=np.float32)], [nodes])) == 1
 
 
 def test_items_make_fixed_batches():
