@@ -122,10 +122,10 @@ def _following_scale(analysis: Analysis, layer: Layer) -> np.ndarray:
 
 
 def matrices_of(layer: Layer, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-    """A layer's tensors as matrices (group, p, outputs / group), the bias (zeros without one) in the last row."""
-    matrices = to_matrices(layer, weight)
+    """What a layer multiplies by, (group, p, outputs / group), the last row what it adds (zeros without a bias)."""
+    matrices = to_matrices(layer, weight) * layer.alpha
     outputs = matrices.shape[0] * matrices.shape[2]
-    row = np.zeros(1) if bias is None else bias.astype(np.float64).ravel()
+    row = np.zeros(1) if bias is None else bias.astype(np.float64).ravel() * layer.beta
     rows = np.broadcast_to(row, (outputs,)).reshape(matrices.shape[0], 1, -1)
     return np.concatenate([matrices, rows], axis=1)
 

@@ -115,3 +115,20 @@ def test_what_cannot_be_summed_is_refused_with_a_sentence(weight: float, scale: 
     by_weights = prune(model, data=data, threads=1, select="l1", reconstruct=False).report
     assert by_weights.achieved.macs >= 2
     assert any("how alike the two models are there cannot be said" in w for w in by_weights.warnings) == (scale == 1)
+
+
+ADDED = {"a vector": (16,), "a row": (1, 16), "a number": (), "one element": (1,), "a column": (4, 1), "all": (4, 16)}
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(2.0, 0.5), (-0.5, 0.0)])
+@pytest.mark.parametrize("added", ADDED)
+def test_products_that_count_by_a_factor(alpha: float, beta: float, added: str) -> None:
+    """Weights are fitted to what the layer gives with its factors; where they cannot be, it is cut alone."""
+    g, rng = Builder(), np.random.default_rng(0)
+    x = g.Relu(g.gemm(g.input("x", [4, 6]), 16))
+    y = g.node("Gemm", x, g.weight(16, 16), g.weight(*ADDED[added]), alpha=alpha, beta=beta)
+    model = g.model(g.gemm(g.Relu(y), 3))
+    data = (rng.standard_normal((96, 3)) @ rng.standard_normal((3, 6))).astype(np.float32)
+    reports = [prune(model, data=data, threads=1, reconstruct=fitted).report for fitted in (True, False)]
+    fitted, cut = (next(iter(report.fidelity.relative_error.values())) for report in reports)
+    assert fitted < cut

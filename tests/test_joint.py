@@ -125,6 +125,13 @@ def pooled_for_two(g: Builder) -> str:
     return head(g, g.Concat(z, g.conv(y, 4, name="d", strides=[2, 2]), axis=1))
 
 
+def scaled(g: Builder) -> str:
+    """Products and biases that count by a factor, one bias by none."""
+    x = g.gemm(g.input("x", ["n", 4]), 5, name="stem")
+    y = g.node("Gemm", g.Relu(x), g.weight(5, 7), g.weight(7), name="a", alpha=0.5, beta=0.0)
+    return g.node("Gemm", g.Relu(y), g.weight(3, 7), g.weight(3), name="b", transB=1, alpha=-3.0, beta=-2.0)
+
+
 def shared(g: Builder) -> str:
     w, x = g.weight(4, 4, 3, 3, name="w"), image(g)
     one = g.Relu(g.node("Conv", x, w, name="a", pads=[1] * 4))
@@ -145,6 +152,7 @@ FOUND: dict[Callable[[Builder], str], list[tuple[str, str]]] = {
     overlapping: [("stem", "a c"), ("a c", "b d")],
     padded_to_size: [("stem", "a")],
     pooled_for_two: [("stem", "a")],
+    scaled: [("stem", "a"), ("a", "b")],
     shared: [],
 }
 
@@ -459,7 +467,7 @@ def test_nothing_is_changed_where_the_numbers_are_none(value: float) -> None:
     assert fit_block(case.net, case.parts, broken.take(np.arange(30)), broken.take(np.arange(30, 40))) is None
 
 
-@pytest.mark.parametrize("make", [plain, tokens, grouped, upwards], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [plain, tokens, grouped, upwards, scaled], ids=lambda make: make.__name__)
 def test_stored_tensors_are_the_inverse_of_current(make: Callable[[Builder], str]) -> None:
     analysis, _ = analysed(model_of(make))
     for layer in analysis.layers:
