@@ -85,7 +85,8 @@ def compact(net: Network, parts: Sequence[Part], data: BlockData) -> Compact | N
                 if not graph.is_stored(name) and name not in data.held:
                     return None
                 shape = graph.array(name).shape if graph.is_stored(name) else data.held[name].shape
-                axis = 0 if node.op == "BatchNormalization" and place else block.axis - (rank - len(shape))
+                # a BatchNormalization's tensors lie along the second axis, others along the last ones
+                axis = block.axis - (1 if node.op == "BatchNormalization" and place else rank - len(shape))
                 if 0 <= axis < len(shape) and shape[axis] == each.channels and each.channels > 1:
                     cut(name, axis, left)
                 elif not whole and 0 <= axis < len(shape) and shape[axis] > 1:

@@ -205,7 +205,9 @@ class View:
         for inner in self.block.inner:
             if strides.setdefault(inner.layer.data, inner.unfolding.strides) != inner.unfolding.strides:
                 return False
-            nodes = [n for n in inner.between if n.op != "BatchNormalization"]  # whose constants are the channels'
+            nodes = [n for n in inner.between if n.op != "BatchNormalization"]
+            if len(nodes) < len(inner.between) and self.block.axis != 1:  # its constants are those of positions
+                return False
             for name in (n for node in nodes for n in node.inputs if n and self.graph.is_stored(n)):
                 dims = self.graph.stored(name).dims
                 aligned = [1] * (rank + 2 - len(dims)) + list(dims)

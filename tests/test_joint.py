@@ -95,6 +95,13 @@ def normalised(g: Builder) -> str:
     return head(g, g.Relu(g.batch_norm(g.conv(y, 4, name="b"), name="norm2")))
 
 
+def normalised_positions(g: Builder) -> str:
+    """A normalisation takes the second axis for the channels, and that is as long as the last one."""
+    x = g.linear(g.input("x", ["n", 7, 4]), 4, name="stem")
+    y = g.batch_norm(g.linear(x, 7, name="a", bias=False), name="norm")
+    return g.linear(g.Relu(y), 3, name="b")
+
+
 def read_elsewhere(g: Builder) -> str:
     y = g.Relu(g.conv(image(g), 6, name="a"))
     return head(g, g.Concat(g.conv(y, 4, name="b"), y, axis=1))
@@ -147,6 +154,7 @@ FOUND: dict[Callable[[Builder], str], list[tuple[str, str]]] = {
     upwards: [("stem", "a"), ("a", "b")],
     tokens: [("stem", "a"), ("a", "b"), ("b", "c")],
     normalised: [("stem", "a"), ("a", "b")],
+    normalised_positions: [("stem", "a"), ("a", "b")],
     read_elsewhere: [("stem", "a")],
     pooled: [("stem", "a"), ("a", "b")],
     overlapping: [("stem", "a c"), ("a c", "b d")],
