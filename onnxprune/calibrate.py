@@ -180,7 +180,7 @@ class Sweep:
         """Run the pruned network from its inputs to the first reader."""
         piece, states = None, []
         for wave in self.batches.waves(self.at_once):
-            feeds = [self.batches.feeds(batch) for batch in wave]
+            feeds = [self.runtime.feeds(self.batches.feeds(batch)) for batch in wave]  # some of it is read later on
             piece = piece or self.segments.piece(0, self.cuts[0], names, feeds[0], self.arrays)
             states += [shelf.put(found, self._bytes(names)) for found in spread(piece.run, feeds)]
         return states
