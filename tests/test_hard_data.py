@@ -132,3 +132,18 @@ def test_products_that_count_by_a_factor(alpha: float, beta: float, added: str) 
     reports = [prune(model, data=data, threads=1, reconstruct=fitted).report for fitted in (True, False)]
     fitted, cut = (next(iter(report.fidelity.relative_error.values())) for report in reports)
     assert fitted < cut
+
+
+@pytest.mark.parametrize("select", ["greedy", "lasso", "wanda"])
+@pytest.mark.parametrize("bias", [1, -30])
+def test_targets_that_never_change(bias: int, select: str) -> None:
+    """Of whole numbers, so that no rounding looks like a change; or of units that are all shut."""
+    g = Builder()
+    y = g.input("x", ["n", 4])
+    for width, added in ((4, bias), (8, 1), (8, 1)):
+        weight = g.const(g.rng.integers(-2, 3, (width, 8)).astype(np.float32))
+        y = g.Relu(g.node("Gemm", y, weight, g.const(np.full(8, float(added)))))
+    y = g.node("Gemm", y, g.const(g.rng.integers(-2, 3, (8, 3)).astype(np.float32)))
+    report = prune(g.model(y), data=np.ones((16, 4), np.float32), threads=1, select=select).report
+    assert report.achieved.macs >= 2
+    assert max(report.fidelity.relative_error.values()) < 1e-4
