@@ -214,7 +214,7 @@ class Sweep:
         spread: Map,
     ) -> tuple[Folds, list[Samples], list[Scored]]:
         """What a reader is fitted to: sums, and samples where rows have a shelf and a fit asks for them."""
-        count = len(self.batches.data)
+        count = len(self.batches.data) * self.batches.each(0, len(shelf.get(states[0])[reader.layer.data]))
         classes = rows is not None and gives_scores(self.analysis, reader, behind)
         samples = [None if rows is None else Samples.of(behind, reader, count, rows) for _ in range(FOLDS)]
         scored = [Scored(behind.shift, count) if classes else None for _ in range(FOLDS)]
