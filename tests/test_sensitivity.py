@@ -143,6 +143,23 @@ def test_classes_are_priced_as_the_scores_that_they_are_told_by() -> None:
     assert kept[0] == kept[1]
 
 
+def test_findings_are_priced_as_what_they_are_found_by() -> None:
+    """Of boxes there are as many as are found, and where others are, nothing can be said of them."""
+    data = np.random.default_rng(0).standard_normal((40, 3, 6, 6)).astype(np.float32)
+    kept = []
+    for finds in (False, True):
+        g = Builder()
+        x = g.Relu(g.conv(g.Relu(g.conv(g.input("x", [1, 3, 6, 6]), 12)), 16))
+        scores = g.Reshape(g.Sigmoid(g.conv(x, 2, 1)), g.const([1, 2, 36]))
+        boxes = g.Transpose(g.Reshape(g.conv(x, 4, 1), g.const([1, 4, 36])), perm=[0, 2, 1])
+        outputs = [scores, boxes]
+        if finds:
+            found = g.NonMaxSuppression(boxes, scores, g.const([9]), g.const(0.5), g.const(0.5))
+            outputs = [g.Gather(boxes, g.Gather(found, g.const(2), axis=1), axis=1), found]
+        kept.append([group.kept for group in prune(g.model(*outputs), data=data, threads=1).report.groups])
+    assert kept[0] == kept[1]
+
+
 def test_a_softmax_of_the_input_is_compared_itself() -> None:
     g = Builder(seed=0)
     graph = analysed(g.model(g.Softmax(g.input("x", ["n", 4]))))[0].graph
