@@ -70,10 +70,13 @@ class Batches:
             return slice(None)
         return np.flatnonzero((self.parts[batch][0] + np.arange(rows)) % FOLDS == fold)
 
+    def each(self, batch: int, rows: int) -> int:
+        """Rows that a record has in a batch's tensors: one of each of its words or frames, where they are made rows."""
+        return max(-(-rows // len(self.parts[batch])), 1)
+
     def numbers(self, batch: int, rows: int) -> np.ndarray:
         """Of the rows of a batch's tensors, which ones they are of those of all samples."""
-        part = np.asarray(self.parts[batch])
-        each = -(-rows // len(part))
+        part, each = np.asarray(self.parts[batch]), self.each(batch, rows)
         return (part[:, None] * each + np.arange(each)).reshape(-1)[:rows]
 
     def loaded(self, which: Sequence[int]) -> Batches:
@@ -100,15 +103,20 @@ class Batches:
 def sample_bytes(analysis: Analysis, names: Sequence[str]) -> int:
     """Bytes that the named tensors take for one sample."""
     first = analysis.shapes.probes[0]
-    samples = max((a.shape[0] for a in first.feeds.values() if a.ndim), default=1)
-    return sum(4 * int(np.prod(first.shapes[n])) for n in names if n in first.shapes) // max(samples, 1)
+    return sum(4 * int(np.prod(first.shapes[n])) for n in names if n in first.shapes) // _probed(analysis)
+
+
+def _probed(analysis: Analysis) -> int:
+    """Samples of the first probe."""
+    return max(max((a.shape[0] for a in analysis.shapes.probes[0].feeds.values() if a.ndim), default=1), 1)
 
 
 def rows_bytes(analysis: Analysis, reader: Reader, samples: int, thinned: int) -> int:
     """Bytes that the unfolded input of a reader takes for one sample, with what is worked out on the way."""
     columns, groups = reader.width + reader.weights.shape[2], reader.weights.shape[0]
     wanted = -(-_wanted(reader, thinned) // samples)
-    return int(2 * 4 * groups * columns * min(_positions(analysis, reader), wanted))
+    each = -(-analysis.shapes.probes[0].shapes[reader.layer.data][0] // _probed(analysis))
+    return int(2 * 4 * groups * columns * each * min(_positions(analysis, reader), wanted))
 
 
 def batch_size(sample: int, room: int) -> int:

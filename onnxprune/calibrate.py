@@ -180,7 +180,7 @@ class Sweep:
         """Run the pruned network from its inputs to the first reader."""
         piece, states = None, []
         for wave in self.batches.waves(self.at_once):
-            feeds = [self.batches.feeds(batch) for batch in wave]
+            feeds = [self.runtime.feeds(self.batches.feeds(batch)) for batch in wave]  # some of it is read later on
             piece = piece or self.segments.piece(0, self.cuts[0], names, feeds[0], self.arrays)
             states += [shelf.put(found, self._bytes(names)) for found in spread(piece.run, feeds)]
         return states
@@ -214,7 +214,7 @@ class Sweep:
         spread: Map,
     ) -> tuple[Folds, list[Samples], list[Scored]]:
         """What a reader is fitted to: sums, and samples where rows have a shelf and a fit asks for them."""
-        count = len(self.batches.data)
+        count = len(self.batches.data) * self.batches.each(0, len(shelf.get(states[0])[reader.layer.data]))
         classes = rows is not None and gives_scores(self.analysis, reader, behind)
         samples = [None if rows is None else Samples.of(behind, reader, count, rows) for _ in range(FOLDS)]
         scored = [Scored(behind.shift, count) if classes else None for _ in range(FOLDS)]

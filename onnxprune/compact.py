@@ -85,7 +85,8 @@ def compact(net: Network, parts: Sequence[Part], data: BlockData) -> Compact | N
                 if not graph.is_stored(name) and name not in data.held:
                     return None
                 shape = graph.array(name).shape if graph.is_stored(name) else data.held[name].shape
-                axis = 0 if node.op == "BatchNormalization" and place else block.axis - (rank - len(shape))
+                # a BatchNormalization's tensors lie along the second axis, others along the last ones
+                axis = block.axis - (1 if node.op == "BatchNormalization" and place else rank - len(shape))
                 if 0 <= axis < len(shape) and shape[axis] == each.channels and each.channels > 1:
                     cut(name, axis, left)
                 elif not whole and 0 <= axis < len(shape) and shape[axis] > 1:
@@ -172,9 +173,9 @@ def _small(
     for part, i, o in zip(parts, ins, outs, strict=True):
         layer, weight = part.layer, graph.array(part.layer.weight)
         arrays[layer.weight] = np.take(np.take(weight, i, axis=layer.weight_axis), o, axis=layer.out_axis)
-        if layer.bias:
-            bias = graph.array(layer.bias)
-            arrays[layer.bias] = np.take(bias, o, axis=-1) if bias.size == part.weights.shape[2] else bias
+        for name in {layer.bias, *layer.node.inputs[2:]} - {""}:  # a Gemm may read one that does not count
+            bias = graph.array(name)
+            arrays[name] = np.take(bias, o, axis=-1) if bias.shape[-1:] == part.weights.shape[2:] else bias
     for name, array in arrays.items():
         model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
     for name in block.held:

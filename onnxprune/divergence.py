@@ -1,7 +1,7 @@
 """How far a network's outputs are from the original's.
 
 Class scores are compared as distributions, other outputs by squared error; scores and numbers that a softmax or a
-sigmoid ends in, in front of that.
+sigmoid ends in, or that a class, an order or a whole number is made of, in front of that.
 
 Of few samples the divergence between distributions says little where the answers are all but certain: the few samples
 near a border between classes decide it alone. So scores are divided by a temperature (Hinton et al. 2015) at which the
@@ -18,12 +18,14 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import entr, log_softmax, softmax
 
-from onnxprune.graph import Graph
+from onnxprune.graph import FLOATS, Graph, Node
 
 _UNCERTAIN = 0.25  # mean entropy of the answers, of that of a guess
 _HOTTEST = 20.0  # power of two
 _SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid")
 _MOVING = ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
+_DECIDING = ("ArgMax", "ArgMin", "TopK", "QuantizeLinear")
+COMPARING = ("Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,21 @@ def deviation(
 
 
 def unsquashed(graph: Graph, output: str) -> str:
-    """Of an output that a softmax or a sigmoid makes, what that reads; else the output itself."""
-    name = output
-    while (node := graph.producer.get(name)) is not None and node.op in _MOVING:
-        name = node.inputs[0]
-    if node is None or node.op not in _SQUASHING or node.inputs[0] not in graph.producer:
-        return output
-    return node.inputs[0]
+    """What an output is made of by a softmax or a sigmoid, or by a decision that shows no small change; else itself."""
+    name = found = output
+    while (node := graph.producer.get(name)) is not None:
+        read = [n for n in node.inputs if n not in graph.computed_from_constants and not graph.is_stored(n)]
+        ends = node.op in _SQUASHING
+        told = ends or node.op in _DECIDING or _is_whole(node) or (node.op in COMPARING and len(read) == 1)
+        if not (told or node.op in (*_MOVING, "Cast")) or not read or read[0] not in graph.producer:
+            break
+        name = read[0]
+        found = name if told else found
+        if ends:
+            break
+    return found
+
+
+def _is_whole(node: Node) -> bool:
+    """Whether a node makes whole numbers, or yes and no, of others."""
+    return node.op == "Cast" and node.attributes["to"] not in FLOATS

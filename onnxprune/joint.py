@@ -160,9 +160,9 @@ class Network:
 def stored_tensors(graph: Graph, layer: Layer, matrices: np.ndarray) -> Arrays:
     """A layer's matrices (group, p, outputs / group) as the tensors that the model stores, in float64."""
     shape = tuple(graph.stored(layer.weight).dims)
-    arrays = {layer.weight: from_matrices(layer, matrices[:, :-1], shape)}
+    arrays = {layer.weight: from_matrices(layer, matrices[:, :-1] / layer.alpha, shape)}
     if layer.bias:
-        bias, old = matrices[:, -1].reshape(-1), graph.array(layer.bias)
+        bias, old = matrices[:, -1].reshape(-1) / layer.beta, graph.array(layer.bias)
         # the Add behind a MatMul goes on adding what it added
         arrays[layer.bias] = bias + old if layer.node.op == "MatMul" else bias.reshape(old.shape)
     return arrays

@@ -18,7 +18,10 @@ FITTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # as matrix pro
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer whose weights can be fitted again: ``data_axis`` of ``data`` is contracted with that of ``weight``."""
+    """A layer whose weights can be fitted again: ``data_axis`` of ``data`` is contracted with that of ``weight``.
+
+    A Gemm computes ``alpha`` times the product and ``beta`` times the bias.
+    """
 
     node: Node
     data: str
@@ -30,6 +33,8 @@ class Layer:
     output: str
     channel_axis: int  # of the output
     group: int
+    alpha: float = 1.0
+    beta: float = 1.0
 
 
 def layer_of(node: Node, graph: Graph) -> Layer | None:
@@ -50,10 +55,15 @@ def layer_of(node: Node, graph: Graph) -> Layer | None:
     if node.op == "ConvTranspose":
         return Layer(node, data, weight, bias, 1, 0, 1, output, 1, group)
     if node.op == "Gemm":
-        if node.attributes.get("transA", 0):
-            return None
         contracted = 1 if node.attributes.get("transB", 0) else 0
-        return Layer(node, data, weight, bias, 1, contracted, 1 - contracted, output, 1, 1)
+        alpha, beta = (float(node.attributes.get(name, 1.0)) for name in ("alpha", "beta"))
+        bias = bias if beta else ""
+        # what is added has to be one number for each output, as the bias is that goes with the fitted weights
+        width = graph.stored(weight).dims[1 - contracted]
+        whole = not bias or list(graph.stored(bias).dims) in ([width], [1, width])
+        if node.attributes.get("transA", 0) or not alpha or not whole:
+            return None
+        return Layer(node, data, weight, bias, 1, contracted, 1 - contracted, output, 1, 1, alpha, beta)
     if rank != 2:
         return None
     return Layer(node, data, weight, _added_bias(node, graph), -1, 0, 1, output, -1, 1)

@@ -7,6 +7,7 @@ reads in the one is then no counterpart of what it gave in the other, so that it
 from __future__ import annotations
 
 from onnxprune.analysis import Analysis
+from onnxprune.divergence import unsquashed
 from onnxprune.graph import FLOATS
 
 _JUDGING = frozenset({"ArgMax", "ArgMin", "Compress", "NonMaxSuppression", "NonZero", "TopK", "Unique"})
@@ -19,8 +20,31 @@ _PLACING = frozenset({"Scatter", "ScatterElements", "ScatterND"})  # what is pla
 
 def picked(analysis: Analysis) -> frozenset[str]:
     """Names of the tensors whose rows depend on values that layers made; a table's entries are not among them."""
+    return _picks(analysis, _behind_layers(analysis))[0]
+
+
+def judged(analysis: Analysis) -> tuple[list[str], bool]:
+    """The numbers by which rankings and searches pick the rows of outputs, and whether the rows are of those alone."""
+    graph, made, types = analysis.graph, _behind_layers(analysis), analysis.shapes.probes[0].types
+    picks, choices = _picks(analysis, made)
+    waiting = sorted((picks | choices).intersection(graph.outputs))
+    seen, found, rows = set(waiting), set[str](), set[str]()
+    while waiting:
+        node = graph.producer.get(waiting.pop())
+        read = made.intersection((*node.inputs, *node.captured)) if node is not None else set[str]()
+        if node is not None and node.op in _JUDGING and not node.domain:
+            found.update(read)
+        elif node is not None and node.op in _PICKING and not picks.isdisjoint(node.outputs):
+            rows.update(node.inputs[:1])
+        waiting += sorted(read - seen)
+        seen |= read
+    told = {unsquashed(graph, name) for name in found}
+    return sorted(n for n in told if types.get(n) in FLOATS and analysis.shapes.known(n)), rows <= found
+
+
+def _picks(analysis: Analysis, made: set[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """Tensors with picked rows, and what says which rows are picked."""
     graph = analysis.graph
-    made = _behind_layers(analysis)
     types = analysis.shapes.probes[0].types
     choices: set[str] = set()  # numbers of rows, and what is computed of them
     found: set[str] = set()
@@ -41,7 +65,7 @@ def picked(analysis: Analysis) -> frozenset[str]:
         carried = node.inputs[:1] if plain and node.op in _PLACING else node.inputs
         if not found.isdisjoint(carried):
             found.update(node.outputs)
-    return frozenset(found - {""})
+    return frozenset(found - {""}), frozenset(choices - {""})
 
 
 def _behind_layers(analysis: Analysis) -> set[str]:

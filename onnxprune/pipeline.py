@@ -427,7 +427,8 @@ class Chooser:
                     if name in free:
                         free[name] &= ~gone
         bias = free[layer.bias] if layer.bias else np.zeros(1, bool)
-        return matrices_of(layer, free[layer.weight], bias) > 0.0
+        found: np.ndarray = matrices_of(layer, free[layer.weight], bias) != 0.0  # a factor may be below zero
+        return found
 
     def _chosen_on_the_way(self, counts: np.ndarray) -> set[int]:
         """Groups with one reader, whose units are best chosen when the sweep comes to it."""

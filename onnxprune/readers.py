@@ -25,7 +25,8 @@ class Reader:
     layer: Layer
     unfolding: Unfolding
     columns: Mapping[int, np.ndarray]  # group index -> (units, columns per unit)
-    output_scale: np.ndarray  # (outputs,) what a following BatchNormalization multiplies by
+    normalised: bool  # whether a BatchNormalization of its outputs stands right behind
+    output_scale: np.ndarray  # (outputs,) what that multiplies by; ones where there is none
     weights: np.ndarray  # (group, p, outputs / group) as they are in the original, the bias in the last row
 
     @property
@@ -78,8 +79,10 @@ def find_readers(analysis: Analysis) -> tuple[Reader, ...]:
                 columns[index] = unfolding.columns(slots)
         if len(columns) < len(parts):
             continue
-        scale = _following_scale(analysis, layer)
-        readers.append(Reader(len(readers), layer, unfolding, columns, scale, _matrices(analysis, layer)))
+        weights, scale = _matrices(analysis, layer), _following_scale(analysis, layer)
+        normalised, ones = scale is not None, np.ones(weights.shape[0] * weights.shape[2])
+        scale = ones if scale is None else scale
+        readers.append(Reader(len(readers), layer, unfolding, columns, normalised, scale, weights))
     return tuple(readers)
 
 
@@ -109,23 +112,27 @@ def _heads(analysis: Analysis) -> set[int]:
     return heads
 
 
-def _following_scale(analysis: Analysis, layer: Layer) -> np.ndarray:
-    """What a BatchNormalization right behind the layer multiplies every output by; ones where there is none."""
-    graph = analysis.graph
-    outputs = graph.stored(layer.weight).dims[layer.out_axis] * (layer.group if layer.node.op == "ConvTranspose" else 1)
+def _following_scale(analysis: Analysis, layer: Layer) -> np.ndarray | None:
+    """What a BatchNormalization right behind the layer multiplies every output by; None where there is none.
+
+    It takes the second axis for the channels, which a product of matrices need not make.
+    """
+    graph, rank = analysis.graph, len(analysis.shapes.shape(layer.output) or ())
     readers = graph.consumers.get(layer.output, ())
-    if len(readers) == 1 and readers[0].op == "BatchNormalization" and all(map(graph.is_stored, readers[0].inputs[1:])):
-        gamma, variance = (graph.array(readers[0].inputs[k]).astype(np.float64) for k in (1, 4))
-        result: np.ndarray = gamma / np.sqrt(variance + float(readers[0].attributes.get("epsilon", 1e-5)))
-        return result
-    return np.ones(outputs)
+    if len(readers) != 1 or readers[0].op != "BatchNormalization" or layer.channel_axis % max(rank, 2) != 1:
+        return None
+    if not all(map(graph.is_stored, readers[0].inputs[1:])):
+        return None
+    gamma, variance = (graph.array(readers[0].inputs[k]).astype(np.float64) for k in (1, 4))
+    result: np.ndarray = gamma / np.sqrt(variance + float(readers[0].attributes.get("epsilon", 1e-5)))
+    return result
 
 
 def matrices_of(layer: Layer, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-    """A layer's tensors as matrices (group, p, outputs / group), the bias (zeros without one) in the last row."""
-    matrices = to_matrices(layer, weight)
+    """What a layer multiplies by, (group, p, outputs / group), the last row what it adds (zeros without a bias)."""
+    matrices = to_matrices(layer, weight) * layer.alpha
     outputs = matrices.shape[0] * matrices.shape[2]
-    row = np.zeros(1) if bias is None else bias.astype(np.float64).ravel()
+    row = np.zeros(1) if bias is None else bias.astype(np.float64).ravel() * layer.beta
     rows = np.broadcast_to(row, (outputs,)).reshape(matrices.shape[0], 1, -1)
     return np.concatenate([matrices, rows], axis=1)
 

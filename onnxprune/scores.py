@@ -23,7 +23,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from onnxprune.analysis import Analysis
-from onnxprune.divergence import unsquashed, yardsticks
+from onnxprune.divergence import COMPARING, unsquashed, yardsticks
 from onnxprune.parallel import Map
 from onnxprune.readers import Reader
 from onnxprune.reconstruct import Fit
@@ -60,7 +60,8 @@ def gives_scores(analysis: Analysis, reader: Reader, behind: Behind) -> bool:
         if not shifts and node.op not in _PASSING:
             return False
         name = node.outputs[0]
-    each_alone = any(node.op == "Sigmoid" for node in graph.consumers.get(name, ()))  # no answer excludes another
+    # no answer excludes another
+    each_alone = any(node.op in ("Sigmoid", *COMPARING) for node in graph.consumers.get(name, ()))
     return shapes.shape(name) == (shape[0], count) and not each_alone
 
 

@@ -45,7 +45,9 @@ def problems_of(
         for g, part in enumerate(statistics[reader.index]):
             scaled = Statistics(part.gram, part.cross * scales[g], part.energy * scales[g] ** 2, part.rows)
             parts.append((scaled, reader.weights[g] * scales[g]))
-        energy = max(sum(_variance(s) for s, _ in parts), np.finfo(float).tiny)
+        # of a target that never changes, all variance is rounding; of one that is nothing at all, there is none
+        rounding = float(np.finfo(np.float32).eps) * sum(float(s.energy.sum()) for s, _ in parts)
+        energy = max(sum(_variance(s) for s, _ in parts), rounding) or 1.0
         problems += [Problem(s, w, reader.columns[group], active, 1.0 / energy) for s, w in parts]
     return problems
 

@@ -19,6 +19,7 @@ from onnxprune.divergence import Yardstick, deviation, unsquashed, yardsticks
 from onnxprune.graph import Graph
 from onnxprune.memory import Room
 from onnxprune.parallel import workers
+from onnxprune.picks import judged, picked
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
 from onnxprune.runtime import Runtime
@@ -80,7 +81,9 @@ def measure(
     graph = analysis.graph
     # what is known to have a shape: lists of tensors and maps of names are no answers whose changes can be measured
     outputs = [n for n in graph.outputs if n not in graph.computed_from_constants and analysis.shapes.known(n)]
-    names = list(dict.fromkeys(unsquashed(graph, n) for n in outputs))
+    fronts, alone = judged(analysis)
+    rows = picked(analysis) if alone else frozenset[str]()
+    names = list(dict.fromkeys([*(unsquashed(graph, n) for n in outputs), *fronts]))
     changed = {g: sorted(v.tensors) for g, v in variants.items() if v.count and v.tensors}
     first = {g: min(n.index for name in tensors for n in graph.consumers[name]) for g, tensors in changed.items()}
     order = late_order(graph, set(first.values()))
@@ -89,7 +92,7 @@ def measure(
     suffixes = Segments(graph, order, shared, analysis.shapes)
     place = {g: min(segments.place[n.index] for name in changed[g] for n in graph.consumers[name]) for g in changed}
     sizes = {at: sample_bytes(analysis, segments.frontier(at)) for at in set(place.values())}
-    most = max(_LOOKED_AT // max(max(sizes.values(), default=1), 1), 1)
+    most = max(_LOOKED_AT // max(*sizes.values(), sample_bytes(analysis, fronts), 1), 1)
     used = [k for k in range(len(batches)) if batches.parts[k][-1] < most] or [0]
     samples = sum(len(batches.parts[k]) for k in used)
     # where nothing that is stored silences a unit, its price is not known
@@ -113,6 +116,8 @@ def measure(
                 del piece, found
             # the outputs that come before this point are in the frontier only if somebody still reads them
             later = [n for n in names if n not in graph.producer or segments.place[graph.producer[n].index] >= here]
+            if not set(later).isdisjoint(fronts):  # of other boxes, say, none is a counterpart of another
+                later = [n for n in later if n in fronts or n not in rows]
             suffix = suffixes.piece(here, len(order), later, shelf.get(states[0]), free=changed[group])
             given = [shelf.get(state) for state in states]
             wanted = [{n: found[n] for n in later} for found in expected]

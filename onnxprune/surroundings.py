@@ -69,7 +69,7 @@ def look_behind(graph: Graph, reader: Reader, available: set[str]) -> Behind:
             node = following[0]
             limits = _limits(node, graph)
             stored = [n for n in node.inputs if graph.is_stored(n)]
-            if limits is None and node.op == "BatchNormalization" and name == reader.layer.output and len(stored) == 4:
+            if reader.normalised and name == reader.layer.output:
                 scale = reader.output_scale
                 beta, mean = (graph.array(node.inputs[k]).astype(np.float64) for k in (2, 3))
                 shift = beta - mean * scale

@@ -45,7 +45,7 @@ class Taking:
         samples = self.view.samples(batch, rows)
         if not len(samples):
             return
-        self.records[batch] = self.view.numbers(batch, rows)[samples]
+        self.records[batch] = self.view.records(batch, rows)[samples]
         if len(self.wanted) == 1:
             for name, arrays in self.held.items():
                 arrays[batch] = self.view.read(batch, name, pruned[name])

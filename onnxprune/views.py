@@ -108,23 +108,28 @@ class View:
         self._outer = [r.unfolding for r in block.outer]
         self._whole: tuple[int, ...] = ()
         self._size: tuple[int, ...] = ()
-        self._step = 0
+        self._step = 0, 0  # of so many records, and of so many rows of each, one is looked at
         self._windows: dict[int, Window] = {}  # by draw
 
     def settle(self, between: np.ndarray, output: np.ndarray) -> None:
         """Decide, from the sizes of the tensor between and of what an outer layer gives: at the first batch."""
-        if not self._step:
-            self._whole = self._spatial(between)
-            self._size, self._step = self._plan(self._whole, output)
+        if not any(self._step):
+            self._whole, each = self._spatial(between), self.batches.each(0, len(between))
+            self._size, step = self._plan(len(self.batches.data) * each, self._whole, output)
+            rows = min(step, each)
+            records = step // rows
+            # else all that is looked at would be held out
+            self._step = records if records % JUDGING else records + 1, rows
 
-    def numbers(self, batch: int, rows: int) -> np.ndarray:
-        """Numbers of the records of a batch; where time comes first, of the steps that the rows of all tensors are."""
-        records = np.asarray(self.batches.parts[batch])
-        return records if len(records) == rows else np.arange(rows)
+    def records(self, batch: int, rows: int) -> np.ndarray:
+        """Numbers of the records that the rows of a batch's tensors belong to."""
+        return self.batches.numbers(batch, rows) // self.batches.each(batch, rows)
 
     def samples(self, batch: int, rows: int) -> np.ndarray:
         """Which rows of a batch are looked at."""
-        return np.flatnonzero(self.numbers(batch, rows) % self._step == 0)
+        record, row = np.divmod(self.batches.numbers(batch, rows), self.batches.each(batch, rows))
+        some, few = self._step
+        return np.flatnonzero((record % some == 0) & ((record // some + row) % few == 0))
 
     def read(self, batch: int, name: str, array: np.ndarray) -> np.ndarray:
         """The part of a tensor that the block reads."""
@@ -170,9 +175,9 @@ class View:
     def _grid(self, rank: int) -> list[int]:
         return [math.lcm(*(u.strides[a] for u in self._outer if u.kernel)) for a in range(rank)]
 
-    def _plan(self, whole: tuple[int, ...], output: np.ndarray) -> tuple[tuple[int, ...], int]:
+    def _plan(self, samples: int, whole: tuple[int, ...], output: np.ndarray) -> tuple[tuple[int, ...], int]:
         """The size of a window, and of how many samples one is looked at."""
-        samples, per_position, products, widest = len(self.batches.data), 0.0, 0, 1
+        per_position, products, widest = 0.0, 0, 1
         pooled = math.prod(self.block.pool[1].strides) if self.block.pool else 1
         layers = [(i.layer, i.unfolding, pooled, True) for i in self.block.inner]
         layers += [(r.layer, r.unfolding, 1, False) for r in self.block.outer]
@@ -194,8 +199,7 @@ class View:
             left_out = [max(full - side, 0) // g * g for full, g in zip(whole, grid, strict=True)]
             size = tuple(full - out for full, out in zip(whole, left_out, strict=True))
         most = max(int(room / max(math.prod(size), 1)), 1)
-        step = max(samples // most, 1)
-        return size, step if step % JUDGING else step + 1  # else all that is looked at would be held out
+        return size, max(samples // most, 1)
 
     def _divisible(self, rank: int) -> bool:
         """Whether a window can be taken out: not of what is spread out, and not beside constants of full size."""
@@ -205,7 +209,9 @@ class View:
         for inner in self.block.inner:
             if strides.setdefault(inner.layer.data, inner.unfolding.strides) != inner.unfolding.strides:
                 return False
-            nodes = [n for n in inner.between if n.op != "BatchNormalization"]  # whose constants are the channels'
+            nodes = [n for n in inner.between if n.op != "BatchNormalization"]
+            if len(nodes) < len(inner.between) and self.block.axis != 1:  # its constants are those of positions
+                return False
             for name in (n for node in nodes for n in node.inputs if n and self.graph.is_stored(n)):
                 dims = self.graph.stored(name).dims
                 aligned = [1] * (rank + 2 - len(dims)) + list(dims)

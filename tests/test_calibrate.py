@@ -249,6 +249,18 @@ def test_targets_without_a_residual_sum_are_what_the_original_gave(kind: str) ->
     np.testing.assert_allclose(energies["b"], np.square(plain).sum(axis=(0, 2, 3)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("width", [5, 7])
+def test_a_normalisation_of_positions_is_none_of_outputs(width: int) -> None:
+    g = Builder()
+    y = g.Relu(g.linear(g.input("x", ["n", 5, 4]), 6, name="a"))
+    y = g.Relu(g.batch_norm(g.linear(y, width, bias=False, name="b")))
+    analysis = analysed(g.model(g.linear(y, 2)))[0]
+    reader = next(r for r in find_readers(analysis) if r.layer.node.label == "b")
+    behind = look_behind(analysis.graph, reader, set())
+    assert (reader.output_scale == 1).all() and len(reader.output_scale) == width
+    assert (behind.scale == 1).all() and not behind.shift.any() and behind.limits is None
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_a_part_without_rows_adds_nothing_and_nothing_is_printed(kind: type, capfd: pytest.CaptureFixture[str]) -> None:
     gram = Gram(3)

@@ -115,3 +115,35 @@ def test_what_cannot_be_summed_is_refused_with_a_sentence(weight: float, scale: 
     by_weights = prune(model, data=data, threads=1, select="l1", reconstruct=False).report
     assert by_weights.achieved.macs >= 2
     assert any("how alike the two models are there cannot be said" in w for w in by_weights.warnings) == (scale == 1)
+
+
+ADDED = {"a vector": (16,), "a row": (1, 16), "a number": (), "one element": (1,), "a column": (4, 1), "all": (4, 16)}
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(2.0, 0.5), (-0.5, 0.0)])
+@pytest.mark.parametrize("added", ADDED)
+def test_products_that_count_by_a_factor(alpha: float, beta: float, added: str) -> None:
+    """Weights are fitted to what the layer gives with its factors; where they cannot be, it is cut alone."""
+    g, rng = Builder(), np.random.default_rng(0)
+    x = g.Relu(g.gemm(g.input("x", [4, 6]), 16))
+    y = g.node("Gemm", x, g.weight(16, 16), g.weight(*ADDED[added]), alpha=alpha, beta=beta)
+    model = g.model(g.gemm(g.Relu(y), 3))
+    data = (rng.standard_normal((96, 3)) @ rng.standard_normal((3, 6))).astype(np.float32)
+    reports = [prune(model, data=data, threads=1, reconstruct=fitted).report for fitted in (True, False)]
+    fitted, cut = (next(iter(report.fidelity.relative_error.values())) for report in reports)
+    assert fitted < cut
+
+
+@pytest.mark.parametrize("select", ["greedy", "lasso", "wanda"])
+@pytest.mark.parametrize("bias", [1, -30])
+def test_targets_that_never_change(bias: int, select: str) -> None:
+    """Of whole numbers, so that no rounding looks like a change; or of units that are all shut."""
+    g = Builder()
+    y = g.input("x", ["n", 4])
+    for width, added in ((4, bias), (8, 1), (8, 1)):
+        weight = g.const(g.rng.integers(-2, 3, (width, 8)).astype(np.float32))
+        y = g.Relu(g.node("Gemm", y, weight, g.const(np.full(8, float(added)))))
+    y = g.node("Gemm", y, g.const(g.rng.integers(-2, 3, (8, 3)).astype(np.float32)))
+    report = prune(g.model(y), data=np.ones((16, 4), np.float32), threads=1, select=select).report
+    assert report.achieved.macs >= 2
+    assert max(report.fidelity.relative_error.values()) < 1e-4

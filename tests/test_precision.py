@@ -43,6 +43,13 @@ def convolutions() -> onnx.ModelProto:
     return g.model(g.linear(x, 5))
 
 
+def two_layers() -> onnx.ModelProto:
+    """Which are fitted together, to what the model is fed with."""
+    g = Builder(opset=20)
+    x = g.Relu(g.conv(g.input("x", ["n", 3, 8, 8]), 16))
+    return g.model(g.Flatten(g.GlobalAveragePool(g.Relu(g.conv(x, 4)))))
+
+
 def attention() -> onnx.ModelProto:
     """With the root of a size in the model's type, and weights behind a Transpose."""
     g = Builder(opset=22)
@@ -61,13 +68,13 @@ def attention() -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", [convolutions, attention], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [convolutions, two_layers, attention], ids=lambda make: make.__name__)
 def test_a_model_is_pruned_in_its_own_type(make: Callable[[], onnx.ModelProto], kind: str) -> None:
     model = typed(make(), KINDS[kind])
-    shape = (64, 3, 8, 8) if make is convolutions else (64, 7, 12)
-    data = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    shape = (64, 7, 12) if make is attention else (64, 3, 8, 8)
+    data = np.random.default_rng(0).standard_normal(shape).astype(np.float64 if kind == "float64" else np.float32)
     fitted, sliced = (prune(model, speedup=1.5, data=data, threads=1, reconstruct=r) for r in (True, False))
-    wide = prune(make(), speedup=1.5, data=data, threads=1)
+    wide = prune(make(), speedup=1.5, data=data.astype(np.float32), threads=1)
     for result in (fitted, sliced):
         assert types(result.model) - {TensorProto.INT64} == {KINDS[kind]}
         assert [o.type.tensor_type.elem_type for o in result.model.graph.output] == [KINDS[kind]]

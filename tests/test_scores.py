@@ -25,6 +25,8 @@ def features(g: Builder) -> str:
 HEADS = {
     "gemm": (lambda g: g.gemm(g.Flatten(features(g)), 5, name="head"), True),
     "softmax": (lambda g: g.Softmax(g.gemm(g.Flatten(features(g)), 5, name="head"), axis=1), True),
+    "class": (lambda g: g.ArgMax(g.gemm(g.Flatten(features(g)), 5, name="head"), axis=1), True),
+    "marks": (lambda g: g.Less(g.const(0.5), g.gemm(g.Flatten(features(g)), 5, name="head")), False),
     "bias": (lambda g: g.Add(g.MatMul(g.Flatten(features(g)), g.weight(10, 5), name="head"), g.weight(5)), True),
     "conv": (lambda g: g.Flatten(g.conv(features(g), 5, 1, name="head")), True),
     "sigmoid": (lambda g: g.Sigmoid(g.gemm(g.Flatten(features(g)), 5, name="head")), False),

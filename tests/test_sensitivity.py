@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from builder import RUNTIME, Builder, analysed, run
-from onnx import helper
+from onnx import TensorProto, helper
 from scipy.special import softmax
 
 from onnxprune import prune
@@ -91,17 +91,73 @@ def test_what_is_masked_throughout_has_a_temperature_too() -> None:
         (lambda g, x: g.Softmax(x), "scores"),
         (lambda g, x: g.Sigmoid(x), "scores"),
         (lambda g, x: g.Reshape(g.LogSoftmax(g.Identity(x)), g.const(np.array([-1, 1, 3]), dtype=np.int64)), "scores"),
+        (lambda g, x: g.Cast(g.ArgMax(g.Softmax(x), axis=1, keepdims=0), to=TensorProto.INT32), "scores"),
+        (lambda g, x: g.node("TopK", x, g.const([2]), outputs=2)[1], "scores"),
+        (lambda g, x: g.Greater(g.Cast(g.Sigmoid(x), to=TensorProto.FLOAT), g.const(0.5)), "scores"),
+        (lambda g, x: g.Squeeze(g.Less(g.const(0.5), g.Unsqueeze(x, g.const([1]))), g.const([1])), "moved"),
+        (lambda g, x: g.Cast(x, to=TensorProto.UINT8), "scores"),
+        (lambda g, x: g.Greater(x, g.Neg(x)), "output"),
+        (lambda g, x: g.Cast(x, to=TensorProto.FLOAT16), "output"),
         (lambda g, x: g.Tanh(x), "output"),
         (lambda g, x: g.Relu(g.Softmax(x)), "output"),
     ],
-    ids=["softmax", "sigmoid", "moved", "tanh", "inside"],
+    ids=[
+        "softmax",
+        "sigmoid",
+        "moved",
+        "class",
+        "order",
+        "mark",
+        "moved mark",
+        "whole",
+        "two",
+        "narrow",
+        "tanh",
+        "inside",
+    ],
 )
 def test_scores_are_compared_in_front_of_what_squashes_them(end: Callable[[Builder, str], str], expected: str) -> None:
     g = Builder(seed=0)
     scores = g.gemm(g.input("x", ["n", 4]), 3, name="scores")
     graph = analysed(g.model(end(g, scores)))[0].graph
     found = unsquashed(graph, graph.outputs[0])
-    assert graph.producer[found].op in {"scores": ("Gemm", "Identity"), "output": (graph.nodes[-1].op,)}[expected]
+    assert (
+        graph.producer[found].op
+        in {
+            "scores": ("Gemm", "Identity"),
+            "moved": ("Unsqueeze",),
+            "output": (graph.nodes[-1].op,),
+        }[expected]
+    )
+
+
+def test_classes_are_priced_as_the_scores_that_they_are_told_by() -> None:
+    """Nothing but the classes comes out, which hardly ever change."""
+    data = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
+    kept = []
+    for end in (lambda g, x: x, lambda g, x: g.ArgMax(x, axis=1)):
+        g = Builder()
+        x = g.Relu(g.gemm(g.Relu(g.gemm(g.input("x", ["n", 6]), 12)), 16))
+        result = prune(g.model(end(g, g.gemm(x, 4))), data=data, threads=1)
+        kept.append([group.kept for group in result.report.groups])
+    assert kept[0] == kept[1]
+
+
+def test_findings_are_priced_as_what_they_are_found_by() -> None:
+    """Of boxes there are as many as are found, and where others are, nothing can be said of them."""
+    data = np.random.default_rng(0).standard_normal((40, 3, 6, 6)).astype(np.float32)
+    kept = []
+    for finds in (False, True):
+        g = Builder()
+        x = g.Relu(g.conv(g.Relu(g.conv(g.input("x", [1, 3, 6, 6]), 12)), 16))
+        scores = g.Reshape(g.Sigmoid(g.conv(x, 2, 1)), g.const([1, 2, 36]))
+        boxes = g.Transpose(g.Reshape(g.conv(x, 4, 1), g.const([1, 4, 36])), perm=[0, 2, 1])
+        outputs = [scores, boxes]
+        if finds:
+            found = g.NonMaxSuppression(boxes, scores, g.const([9]), g.const(0.5), g.const(0.5))
+            outputs = [g.Gather(boxes, g.Gather(found, g.const(2), axis=1), axis=1), found]
+        kept.append([group.kept for group in prune(g.model(*outputs), data=data, threads=1).report.groups])
+    assert kept[0] == kept[1]
 
 
 def test_a_softmax_of_the_input_is_compared_itself() -> None:
