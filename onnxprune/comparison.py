@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from onnxprune.tensors import size_of
 Array = npt.NDArray[Any]
 
 DEFAULT_BATCH = 32
+_NO_NUMBERS = "has NaN or infinite numbers in it"
+_UNLIKE = "has another shape in the one model than in the other for some of the data, or is all zeros in the first"
 _Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
@@ -36,7 +38,8 @@ class Fidelity:
     ``agreement`` is the share of samples with the same most probable class, with its Wilson 95 % interval;
     None where the first floating-point output is not of the form [samples, classes]. ``relative_error`` holds
     per floating-point output ‖a - b‖ / ‖a‖ over all the data (infinite where the shapes differ, NaN where numbers are
-    not finite).
+    not finite), ``equal`` per output of whole numbers, or of yes and no, the share of entries that are the same (none
+    where the shapes differ).
     """
 
     samples: int
@@ -45,14 +48,16 @@ class Fidelity:
     agreement_high: float | None
     relative_error: Mapping[str, float]
     is_random: bool
+    equal: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def doubts(self) -> tuple[str, ...]:
         """What cannot be said, for people."""
         return tuple(
-            f"output {name!r} has NaN or infinite numbers in it: how alike the two models are there cannot be said"
+            f"output {name!r} {_NO_NUMBERS if math.isnan(error) else _UNLIKE}: how alike the two models are there"
+            " cannot be said"
             for name, error in self.relative_error.items()
-            if math.isnan(error)
+            if not math.isfinite(error)
         )
 
 
@@ -207,6 +212,8 @@ class _Tally:
         self.names = names
         self.norm: dict[str, float] = {}
         self.gap: dict[str, float] = {}
+        self.entries: dict[str, int] = {}
+        self.equal: dict[str, int] = {}
         self.rows = 0
         self.alike = 0
         self.is_scores = True
@@ -214,9 +221,14 @@ class _Tally:
     def add(self, left: list[Any], right: list[Any]) -> None:
         first = True
         for name, a, b in zip(self.names, left, right, strict=True):
-            if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and is_float(a.dtype)):
+            if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
                 continue
             same = a.shape == b.shape
+            if a.dtype.kind in "iub":
+                self.entries[name] = self.entries.get(name, 0) + max(a.size, b.size)
+                self.equal[name] = self.equal.get(name, 0) + (int((a == b).sum()) if same else 0)
+            if not is_float(a.dtype):
+                continue
             wide = a.astype(np.float64)
             with np.errstate(invalid="ignore", over="ignore"):  # infinite ones: `Fidelity.doubts` says so
                 gap = float(np.square(wide - b.astype(np.float64)).sum()) if same else math.inf
@@ -235,10 +247,11 @@ class _Tally:
 
     def fidelity(self, records: int, is_random: bool) -> Fidelity:
         errors = {name: _ratio(math.sqrt(gap), math.sqrt(self.norm[name])) for name, gap in self.gap.items()}
+        equal = {name: self.equal[name] / count for name, count in self.entries.items() if count}
         if not (self.is_scores and self.rows):
-            return Fidelity(records, None, None, None, errors, is_random)
+            return Fidelity(records, None, None, None, errors, is_random, equal)
         low, high = wilson(self.alike, self.rows)
-        return Fidelity(self.rows, self.alike / self.rows, low, high, errors, is_random)
+        return Fidelity(self.rows, self.alike / self.rows, low, high, errors, is_random, equal)
 
 
 def _ratio(gap: float, norm: float) -> float:

@@ -9,11 +9,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxprune.comparison import common_inputs, compare, measure_fidelity, wilson
+from onnxprune.comparison import _Tally, common_inputs, compare, measure_fidelity, wilson
 from onnxprune.cost import measure_latency, params
 from onnxprune.data import load_calibration
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph
+from onnxprune.report.text import fidelity_lines
 from onnxprune.runtime import Runtime
 
 CPU = Runtime("cpu", 1)
@@ -93,6 +94,28 @@ def test_fixed_batches_and_other_outputs():
     found = fidelity(model, model, rows(24))
     assert found.samples == 24
     assert list(found.relative_error) == ["y", "positive"]
+    assert found.equal == {"best": 1.0}
+
+
+def test_outputs_of_whole_numbers_are_counted_where_they_are_the_same():
+    """As the classes that a network ends in; where one of two outputs has more of them, none are."""
+    first, second = (linear(EYE[:, order], more_outputs=[("ArgMax", "best", "i")]) for order in ([0, 1, 2], [0, 2, 1]))
+    data = load_calibration(rows(), Graph(first).inputs)
+    found = measure_fidelity(first, second, data, 8, CPU)
+    best = data.feeds(range(40))["x"].reshape(5, 8, 3).argmax(axis=1)  # of every batch, along its first axis
+    assert found.equal == {"best": (best == best[:, [0, 2, 1]]).mean()} and 0 < found.equal["best"] < 1
+    assert "same output" in " ".join(fidelity_lines(found)) and not found.doubts
+    tally = _Tally(["found"])
+    tally.add([np.arange(3)], [np.arange(3)])
+    tally.add([np.arange(3)], [np.arange(5)])
+    assert tally.fidelity(2, False).equal == {"found": 3 / 8}
+
+
+def test_what_has_another_shape_is_said_to_be_no_counterpart():
+    tally = _Tally(["boxes"])
+    tally.add([np.ones((3, 4))], [np.ones((2, 4))])
+    (doubt,) = tally.fidelity(1, False).doubts
+    assert "'boxes' has another shape" in doubt
 
 
 @pytest.mark.parametrize("weight", [np.ones((3, 1)), np.ones((3, 4))[:, :1]])

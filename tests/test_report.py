@@ -218,6 +218,7 @@ def test_many_groups_stay_readable():
         (Fidelity(9, 1.0, 0.7, 1.0, {}, False), 1, "100.0 % (95 % interval 70.0 % to 100.0 %)"),
         (Fidelity(9, 1.0, 0.7, 1.0, {"y": 0.0}, True), 3, "random inputs say nothing"),
         (Fidelity(9, None, None, None, {}, False), 0, ""),
+        (Fidelity(9, None, None, None, {}, False, {"k": 0.5}), 1, "same output on 9 samples: k 50.0 %"),
     ],
 )
 def test_fidelity_in_words(found, count, fragment):

@@ -78,6 +78,8 @@ def fidelity_lines(found: Fidelity) -> list[str]:
     errors = ", ".join(f"{clean(name)} {value:.3g}" for name, value in found.relative_error.items())
     if errors:
         lines.append(f"relative output error on {on}: {errors}")
+    if equal := ", ".join(f"{clean(name)} {percent(share)}" for name, share in found.equal.items()):
+        lines.append(f"same output on {on}: {equal}")
     if found.is_random:
         lines.append("random inputs say nothing about real data: give some with --data")
     return lines
@@ -229,7 +231,9 @@ def alike(found: Fidelity | None) -> str:
         return "not measured"
     if found.agreement is not None:
         return percent(found.agreement)
-    return next((f"error {value:.2g}" for value in found.relative_error.values()), "")
+    words = [f"error {value:.2g}" for value in found.relative_error.values()]
+    words += [f"{percent(share)} equal" for share in found.equal.values()]
+    return next(iter(words), "")
 
 
 def _times(ratio: float | None) -> str:
