@@ -125,6 +125,9 @@ def test_files_that_are_not_this_models(kept: Path, tmp_path: Path) -> None:
         "short": whole[: len(whole) // 2],
         "shorter": whole[:-30],
         "flipped": whole[: len(whole) // 2] + bytes(64) + whole[len(whole) // 2 + 64 :],
+        "gap": whole[: len(whole) // 3] + whole[len(whole) // 3 + 40 :],
+        "header": whole.replace(b"), }", b"(, }", 1),
+        "packed": whole[: whole.index(b"PK\x01\x02") + 10] + b"\x63" + whole[whole.index(b"PK\x01\x02") + 11 :],
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
