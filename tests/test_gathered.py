@@ -174,6 +174,16 @@ def test_ways_that_ask_for_no_damage_take_any_file(kept: Path, options: dict[str
     assert result.report.achieved.macs >= 2.0
 
 
+def test_weights_may_stay_as_they_are(tmp_path: Path) -> None:
+    """Of layers without a bias, as of others: for a fit they are given one."""
+    g = Builder(seed=5)
+    x = g.Relu(g.conv(g.Relu(g.conv(g.input("x", ["n", 3, 8, 8]), 12, bias=False)), 12, bias=False))
+    model = g.model(g.gemm(g.Flatten(g.GlobalAveragePool(x)), 4))
+    collect(model, data=X, threads=1).save(tmp_path / "s.npz")
+    report = prune(model, stats=tmp_path / "s.npz", threads=1, reconstruct=False).report
+    assert report.achieved.macs >= 2.0
+
+
 def test_fewer_layers_than_were_collected_are_enough(kept: Path) -> None:
     report = prune(network(), stats=kept, threads=1, speedup=1.05, only="^d$", best_effort=True).report
     assert {g.name for g in report.groups if g.kept < g.units} == {"d"}
