@@ -9,7 +9,7 @@ far above the rounding.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,15 +76,16 @@ class Gathered:
         groups: Sequence[GroupInfo],
         damage: Sequence[tuple[Sequence[int], Sequence[float]]],
         about: Mapping[str, Any],
+        biases: Collection[str] = (),
     ) -> Gathered:
-        """Put together what was found: statistics per reader's index, damage per group."""
+        """Put together what was found: statistics per reader's index, damage per group; the biases were added."""
         grams = {
             r.layer.weight: Gram([s.gram for s in statistics[r.index]], statistics[r.index][0].rows)
             for r in readers
             if r.index in statistics
         }
         prices = {
-            info.name: Damage(identity(info), tuple(levels), tuple(map(float, found)))
+            info.name: Damage(identity(info, biases), tuple(levels), tuple(map(float, found)))
             for info, (levels, found) in zip(groups, damage, strict=bool(damage))
         }
         return Gathered(model, select, grams, prices, about)
@@ -107,8 +108,10 @@ class Gathered:
             ]
         return found
 
-    def prices(self, groups: Sequence[GroupInfo], select: str, where: str) -> list[tuple[list[int], list[float]]]:
-        """Levels and damage of every group.
+    def prices(
+        self, groups: Sequence[GroupInfo], select: str, where: str, biases: Collection[str] = ()
+    ) -> list[tuple[list[int], list[float]]]:
+        """Levels and damage of every group; the biases were added to the network.
 
         Raises:
             InputError: none was measured for one of them, or for this way to choose.
@@ -121,7 +124,7 @@ class Gathered:
         found = []
         for info in groups:
             damage = self.damage.get(info.name)
-            if damage is None or damage.digest != identity(info):
+            if damage is None or damage.digest != identity(info, biases):
                 raise _other(where, f"the channels of {info.name!r}")
             found.append((list(damage.levels), list(damage.damage)))
         return found
@@ -203,10 +206,13 @@ class Gathered:
             ) from error
 
 
-def identity(info: GroupInfo) -> str:
-    """SHA-256 of the positions that a group's units hold."""
+def identity(info: GroupInfo, biases: Collection[str] = ()) -> str:
+    """SHA-256 of the positions that a group's units hold, but for those of biases that were added for a fit.
+
+    Where nothing will be fitted none are added, and the group is the same.
+    """
     found = hashlib.sha256()
-    for axis in sorted(info.group.axes, key=lambda a: (a.tensor, a.axis)):
+    for axis in sorted((a for a in info.group.axes if a.tensor not in biases), key=lambda a: (a.tensor, a.axis)):
         found.update(f"{axis.tensor} {axis.axis} {axis.positions.shape}".encode())
         found.update(np.ascontiguousarray(axis.positions, dtype="<i8").tobytes())
     return found.hexdigest()

@@ -165,15 +165,20 @@ def _attention(node: Node, shape: Callable[[int], Shape], out: Shape) -> list[Pa
     return parts + [(float(cached), _all(name, dims)) for name, dims in pairs if cached]
 
 
-def _packed_attention(node: Node, shape: Callable[[int], Shape], out: Shape) -> list[Part]:
-    """The projection to queries, keys and values, and the attention itself."""
-    x, w, weight, made = shape(0), shape(1), node.inputs[1], node.outputs[0]
-    sizes = node.attributes.get("qkv_hidden_sizes")
-    query = int(sizes[0]) if sizes else (w[1] - out[2]) // 2
-    projection: Part = (_size(*x[:2]), ((weight, 0), (weight, 1)))
-    if query == out[2]:
-        return [projection, (2.0 * x[1], _all(made, out))]
-    return [projection, (_size(x[0], x[1], x[1], query), ()), (float(x[1]), _all(made, out))]
+def _packed_attention(past: int) -> Count:
+    """The projection to queries, keys and values, and the attention itself; keys of a cache count."""
+
+    def count(node: Node, shape: Callable[[int], Shape], out: Shape) -> list[Part]:
+        x, w, weight, made = shape(0), shape(1), node.inputs[1], node.outputs[0]
+        sizes = node.attributes.get("qkv_hidden_sizes")
+        query = int(sizes[0]) if sizes else (w[1] - out[2]) // 2
+        keys = x[1] + (shape(past)[3] if len(node.inputs) > past and node.inputs[past] else 0)
+        projection: Part = (_size(*x[:2]), ((weight, 0), (weight, 1)))
+        if query == out[2]:
+            return [projection, (2.0 * keys, _all(made, out))]
+        return [projection, (_size(x[0], x[1], keys, query), ()), (float(keys), _all(made, out))]
+
+    return count
 
 
 def _multi_head_attention(node: Node, shape: Callable[[int], Shape], out: Shape) -> list[Part]:
@@ -207,7 +212,8 @@ for _domain, _names, _count in (
     (_MS, "DynamicQuantizeMatMul FusedGemm FusedMatMul MatMulIntegerToFloat QGemm TransposeMatMul", _product),
     (_MS, "MatMulBnb4 MatMulNBits", _low_bits),
     (_MS, "DynamicQuantizeLSTM", _recurrent),
-    (_MS, "Attention QAttention", _packed_attention),
+    (_MS, "Attention", _packed_attention(4)),
+    (_MS, "QAttention", _packed_attention(8)),
     (_MS, "MultiHeadAttention", _multi_head_attention),
 ):
     _TABLE.update(((_domain, _name), _count) for _name in _names.split())

@@ -119,7 +119,7 @@ class Prepared:
             where = f"statistics {settings.stats}"
             chooser.statistics = self.kept.statistics(chooser.readers, where)
             if chooser.asks_for_damage:
-                chooser.damage = self.kept.prices(self.analysis.groups, settings.select, where)
+                chooser.damage = self.kept.prices(self.analysis.groups, settings.select, where, self.network.biases)
         elif settings.measured:
             self._collect()
         chooser.rank()
@@ -169,6 +169,7 @@ class Prepared:
             self.analysis.groups,
             chooser.damage or [],
             about,
+            self.network.biases,
         )
 
 

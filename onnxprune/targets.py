@@ -13,6 +13,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.budget import every_count
 from onnxprune.costs import Cost, CostModel, PeakMemory, parameters
 from onnxprune.errors import InputError, UnreachableTarget
+from onnxprune.macs import holds_macs
 
 UNITS = {"macs": "MACs", "params": "parameters", "memory": "bytes of activations at the peak", "latency": "latency"}
 
@@ -179,10 +180,12 @@ def widths(analysis: Analysis, multiple: int = 1) -> list[np.ndarray]:
     every = every_count([g.units for g in analysis.groups])
     if multiple <= 1:
         return every
-    axes = {(layer.weight, axis) for layer in analysis.layers for axis in (layer.out_axis, layer.weight_axis)}
+    graph = analysis.graph
+    constant = graph.computed_from_constants  # quantised weights among them, and those of layers that are not fitted
+    weights = {name for node in graph.nodes if holds_macs(node) for name in node.inputs if name in constant}
     found = []
     for info, counts in zip(analysis.groups, every, strict=True):
-        each = {a.positions.shape[1] for a in info.group.axes if (a.tensor, a.axis) in axes} or {1}
+        each = {a.positions.shape[1] for a in info.group.axes if a.tensor in weights} or {1}
         fits = np.all([counts * positions % multiple == 0 for positions in each], axis=0)
         found.append(counts[fits | (counts == info.units)])
     return found

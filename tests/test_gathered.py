@@ -125,6 +125,9 @@ def test_files_that_are_not_this_models(kept: Path, tmp_path: Path) -> None:
         "short": whole[: len(whole) // 2],
         "shorter": whole[:-30],
         "flipped": whole[: len(whole) // 2] + bytes(64) + whole[len(whole) // 2 + 64 :],
+        "gap": whole[: len(whole) // 3] + whole[len(whole) // 3 + 40 :],
+        "header": whole.replace(b"), }", b"(, }", 1),
+        "packed": whole[: whole.index(b"PK\x01\x02") + 10] + b"\x63" + whole[whole.index(b"PK\x01\x02") + 11 :],
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -169,6 +172,16 @@ def test_what_a_file_does_not_hold(kept: Path, options: dict[str, Any], message:
 def test_ways_that_ask_for_no_damage_take_any_file(kept: Path, options: dict[str, Any]) -> None:
     result = prune(network(), stats=kept, threads=1, **options)
     assert result.report.achieved.macs >= 2.0
+
+
+def test_weights_may_stay_as_they_are(tmp_path: Path) -> None:
+    """Of layers without a bias, as of others: for a fit they are given one."""
+    g = Builder(seed=5)
+    x = g.Relu(g.conv(g.Relu(g.conv(g.input("x", ["n", 3, 8, 8]), 12, bias=False)), 12, bias=False))
+    model = g.model(g.gemm(g.Flatten(g.GlobalAveragePool(x)), 4))
+    collect(model, data=X, threads=1).save(tmp_path / "s.npz")
+    report = prune(model, stats=tmp_path / "s.npz", threads=1, reconstruct=False).report
+    assert report.achieved.macs >= 2.0
 
 
 def test_fewer_layers_than_were_collected_are_enough(kept: Path) -> None:

@@ -216,6 +216,15 @@ def test_tokens_are_no_channels_that_are_held_back() -> None:
     }
 
 
+def test_keys_of_a_cache_are_counted() -> None:
+    g = Builder()
+    x, past = g.input("x", [1, 7, 6]), g.input("past", [2, 1, 3, 5, 4])
+    inputs = (x, g.weight(6, 36), g.weight(36), "", past)
+    y, _ = g.node("Attention", *inputs, outputs=2, num_heads=3, domain=MS)
+    model = g.model(g.MatMul(y, g.weight(12, 6)))
+    assert count_model_macs(model) == 7 * 6 * 36 + 2 * 7 * (7 + 5) * 12 + 7 * 12 * 6
+
+
 def test_what_works_on_integers_is_counted_and_held_back() -> None:
     g = Builder()
     x = g.Relu(g.linear(g.input("x", [1, 12]), 12))

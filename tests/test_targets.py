@@ -122,6 +122,37 @@ def test_widths_of_a_multiple_or_the_whole_group() -> None:
     assert [len(w) for w in widths(analysis)] == [20, 6, 16]
 
 
+def test_widths_of_a_recurrence_in_both_directions() -> None:
+    """Its own width counts, too, and not only that of both together."""
+    g = Builder()
+    y, _ = g.GRU(
+        g.input("x", [5, 1, 6]),
+        g.weight(2, 48, 6),
+        g.weight(2, 48, 16),
+        outputs=2,
+        hidden_size=16,
+        direction="bidirectional",
+    )
+    y = g.Reshape(g.Transpose(y, perm=[0, 2, 1, 3]), g.const([5, 1, 32]))
+    assert [w.tolist() for w in widths(analysed(g.model(g.linear(y, 4)))[0], 8)] == [[8, 16]]
+
+
+def test_widths_of_heads_with_quantised_weights() -> None:
+    """Channels are counted, and not the units of four that stand or fall together."""
+    g = Builder()
+
+    def linear(x: str) -> str:
+        weight = g.const(g.rng.integers(-90, 90, (32, 32)), dtype=np.int8)
+        return g.MatMul(x, g.DequantizeLinear(weight, g.const(0.01), g.const(0, dtype=np.int8)))
+
+    x = g.input("x", [1, 6, 32])
+    q, k, v = (g.Reshape(linear(x), g.const([1, 6, 4, 8])) for _ in range(3))
+    scores = g.MatMul(g.Transpose(q, perm=[0, 2, 1, 3]), g.Transpose(k, perm=[0, 2, 3, 1]))
+    y = g.MatMul(g.Softmax(scores), g.Transpose(v, perm=[0, 2, 1, 3]))
+    y = g.Reshape(g.Transpose(y, perm=[0, 2, 1, 3]), g.const([1, 6, 32]))
+    assert [w.tolist() for w in widths(analysed(g.model(linear(y)))[0], 8)] == [[2, 4, 6, 8]] * 2
+
+
 @pytest.mark.parametrize("number", [1.0, 1.0049, 2.0, 2.9, 9.9999, 75.896, 123456.7, 1 / 0.35])
 def test_what_is_said_to_be_reachable_is(number: float) -> None:
     assert 0.99 * number < float(rounded_down(number)) <= number
