@@ -192,6 +192,12 @@ def _multi_head_attention(node: Node, shape: Callable[[int], Shape], out: Shape)
     return [(2.0 * keys, _all(node.outputs[0], out))]
 
 
+def _grouped_attention(node: Node, shape: Callable[[int], Shape], out: Shape) -> list[Part]:
+    """As attention; several heads of queries share keys and values, which may be packed behind the queries."""
+    cached = shape(3)[2] if len(node.inputs) > 3 and node.inputs[3] else 0
+    return [(2.0 * (shape(0)[1] + cached), _all(node.outputs[0], out))]
+
+
 def _low_bits(node: Node, shape: Callable[[int], Shape], out: Shape) -> list[Part]:
     """Weights packed into few bits: their sizes are attributes."""
     return [(float(node.attributes["K"]), _all(node.outputs[0], out))]
@@ -215,5 +221,6 @@ for _domain, _names, _count in (
     (_MS, "Attention", _packed_attention(4)),
     (_MS, "QAttention", _packed_attention(8)),
     (_MS, "MultiHeadAttention", _multi_head_attention),
+    (_MS, "GroupQueryAttention", _grouped_attention),
 ):
     _TABLE.update(((_domain, _name), _count) for _name in _names.split())

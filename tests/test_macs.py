@@ -225,6 +225,19 @@ def test_keys_of_a_cache_are_counted() -> None:
     assert count_model_macs(model) == 7 * 6 * 36 + 2 * 7 * (7 + 5) * 12 + 7 * 12 * 6
 
 
+def test_heads_that_share_keys_are_counted() -> None:
+    """Four of queries and two of keys and values, of sixteen each; nine keys come from a cache."""
+    g = Builder()
+    x = g.input("x", [1, 7, 6])
+    q, k, v = (g.MatMul(x, g.weight(6, width)) for width in (64, 32, 32))
+    caches = [g.weight(1, 2, 9, 16) for _ in range(2)]
+    lengths = g.const([15], dtype=np.int32), g.const(16, dtype=np.int32)
+    inputs = (q, k, v, *caches, *lengths)
+    y, *_ = g.node("GroupQueryAttention", *inputs, outputs=3, num_heads=4, kv_num_heads=2, domain=MS)
+    model = g.model(g.MatMul(y, g.weight(64, 6)))
+    assert count_model_macs(model) == 7 * 6 * (64 + 2 * 32) + 2 * 7 * (7 + 9) * 64 + 7 * 64 * 6
+
+
 def test_what_works_on_integers_is_counted_and_held_back() -> None:
     g = Builder()
     x = g.Relu(g.linear(g.input("x", [1, 12]), 12))
