@@ -252,7 +252,7 @@ def _misses(wanted: Wanted, achieved: Achieved, after: Measures) -> list[str]:
     if ratio is not None and not (low <= ratio and (ratio <= high or not tight)):
         how = "measured" if wanted.by == "latency" else "counted"
         asked = f"asked for {wanted.speedup:g}x in {unit}, {how} {ratio:.3g}x"
-        found.append(f"{asked}: the widths allow no closer without losing more")
+        found.append(f"{asked}: no widths were found that come closer and lose no more")
     for name, most in wanted.most.items():
         if after.counted()[name] > most:
             found.append(f"asked for at most {most:g} {UNITS[name]}, counted {after.counted()[name]:g}")

@@ -307,7 +307,7 @@ def test_names_of_a_family(folder, capsys, options, names):
     whole = api.count_model_macs(build())
     assert all(x <= whole / m <= 1.1 * x for x, m in zip((1.5, 2, 3), macs, strict=True))
     out, err = capsys.readouterr()
-    assert all("allow no closer" in line for line in err.splitlines())
+    assert all("no widths were found that come closer" in line for line in err.splitlines())
     for word in ("asked", "1.5x", "2x", "3x", "original", "MACs", "parameters", "latency", "alike"):
         assert word in out
     assert out.count("written: ") == 3
@@ -321,7 +321,7 @@ def test_a_family_as_json(folder, capsys):
     assert [member["output"] for member in found["members"]] == [f"model.pruned-{x}x.onnx" for x in ("1.5", "2", "3")]
     reports = [Report.from_json(json.dumps(member)) for member in found["members"]]
     assert all(report.proof.max_relative_difference < 1e-4 for report in reports)
-    assert all("allow no closer" in line for line in err.splitlines())
+    assert all("no widths were found that come closer" in line for line in err.splitlines())
 
 
 def test_default_output_stands_beside_the_model(folder, capsys):
@@ -331,7 +331,7 @@ def test_default_output_stands_beside_the_model(folder, capsys):
     after = listing(folder)
     assert set(after) - set(before) == {"model.pruned.onnx", "report.json"}
     assert {name: after[name] for name in before} == before
-    assert all("allow no closer" in line for line in err.splitlines())  # of so few channels
+    assert all("no widths were found that come closer" in line for line in err.splitlines())  # of so few channels
     for word in ("group", "kept/total", "error", "MACs", "parameters", "file size", "latency", "top-1"):
         assert word in out
     onnx.checker.check_model(onnx.load("model.pruned.onnx"))
@@ -370,7 +370,7 @@ def test_json_is_the_only_thing_on_stdout(folder, capsys):
     found = json.loads(out)
     assert found["output"] == "model.pruned.onnx"
     assert found["schema_version"] == "1"
-    assert all("allow no closer" in line for line in err.splitlines())
+    assert all("no widths were found that come closer" in line for line in err.splitlines())
 
 
 def test_what_the_source_of_the_data_prints_is_no_result(folder, capsys):
