@@ -161,10 +161,9 @@ _RUN = (
 )
 
 
-_NOTE = """Seconds are those of busy machines. Rows without a flag from before 2026-11-28 are of a default that looked
-at 5,000 samples, which is `--thorough` now.
-Peaks above 1,500 MiB are of runs before the collecting pass held half as much at a time and batches went by the widest
-node."""
+_NOTE = """Seconds are those of busy machines. Rows called lossless are of images that the networks were trained on and
+know almost by heart, every other one of which calibrates; all others are of images that they have not seen. Peaks above
+1,500 MiB are of runs before the collecting pass held half as much at a time and batches went by the widest node."""
 
 
 def table(rows: list[Row]) -> str:
