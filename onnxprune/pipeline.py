@@ -117,10 +117,11 @@ class Chooser:
     def collect(self) -> None:
         """Sum up what every reader of a group reads in the original network."""
         chosen = [r for r in self.readers if r.columns]
-        answers = None if self.dask or self._fitted_to is not self.data else self.answers
+        answers = None if self.dask is not None or self._fitted_to is not self.data else self.answers
         if answers is None:
             data, batches = self.first, self._batches(self.first, chosen)
-            run = functools.partial(collect_on, self.dask) if self.dask else functools.partial(collect, room=self.room)
+            here = functools.partial(collect, room=self.room)
+            run = here if self.dask is None else functools.partial(collect_on, self.dask)
         else:  # what sweeps need comes with it
             data, batches = self.data, answers.batches
             run = functools.partial(collect, summed=len(self.first), answers=answers, room=self.room)

@@ -144,9 +144,18 @@ def test_what_is_no_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("distributed", reason="Dask is not installed")
     monkeypatch.setattr("onnxprune.cluster._SECONDS", 1)
     analysis, readers, batches = case()
-    for address, said in (("local:0", "local:N with a number"), ("tcp://127.0.0.1:1", "the address of a scheduler")):
+    for address, said in (
+        ("local:0", "local:N with a number"),
+        ("tcp://127.0.0.1:1", "the address of a scheduler"),
+        ("", "the address of a scheduler"),  # a variable that is not set
+    ):
         with pytest.raises(InputError, match=f"dask: expected {said}"):
             collect_on(address, analysis, readers, batches, RUNTIME, Progress())
+    g = Builder()
+    model = g.model(g.linear(g.Relu(g.linear(g.input("x", ["n", 6]), 8)), 4))
+    data = np.zeros((40, 6), np.float32)
+    with pytest.raises(InputError, match="dask: expected the address of a scheduler"):
+        prune(model, data=data, threads=1, speedup=1.5, quick=True, dask="")
 
 
 def test_without_dask_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
