@@ -185,7 +185,7 @@ def table(rows: Mapping[str, list[dict[str, float]]]) -> str:
     counts = sorted({int(cell["samples"]) for cells in rows.values() for cell in cells})
     cells = {name: {int(c["samples"]): c for c in each} for name, each in rows.items()}
     every = [c for each in rows.values() for c in each]
-    worse = sum(c["fitted"] > c["silenced"] for c in every)
+    worse = sum(not c["fitted"] <= c["silenced"] for c in every)  # what is no number among them
     lines = [
         "# With more samples, and beside the same selection without fits",
         "",

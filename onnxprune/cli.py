@@ -172,11 +172,12 @@ def prune(
     outputs = places(output, model, speedups, "-o", ".onnx")
     reports = places(report_path, model, speedups, "--report", ".json") if report_path is not None else []
     if model.is_file():  # what is wrong with the model itself is said first, by who reads it
-        sources = _sources(model, data) | ({"the statistics": stats} if stats else {})
+        apart = _apart(model)
+        sources = _sources(model, apart, data) | ({"the statistics": stats} if stats else {})
         for place in outputs:
             check_output(place, "output", "-o", sources, force)
         taken = {f"the report {report.name}": report for report in reports}
-        for place in _beside(model, outputs, reports):
+        for place in _beside(model, outputs, reports) if apart else ():
             if place.parent.is_dir():  # else it is made
                 check_output(place, "file of tensors", "-o", {**sources, **taken}, force)
         for place in reports:
@@ -257,7 +258,7 @@ def collect(
     _check_talk(quiet, verbose)
     output = output or model.with_name(f"{model.name.removesuffix('.onnx')}.stats.npz")
     if model.is_file():
-        check_output(output, "output", "-o", _sources(model, data), force)
+        check_output(output, "output", "-o", _sources(model, _apart(model), data), force)
     preprocessing = _take_preprocessing(options)
     from onnxprune import api
     from onnxprune.report import to_json
@@ -350,21 +351,25 @@ def compare(a: Path, b: Path, data: str | None, as_json: bool, quiet: bool, verb
 # --------------------------------------------------------------------------------------------- helpers
 
 
-def _sources(model: Path, data: str | None) -> dict[str, Path]:
-    """What stays as it is, by what it is called."""
+def _apart(model: Path) -> list[Path]:
+    """Files that the model keeps tensors in."""
     from onnxprune.tensors import files_of
 
-    apart = {f"the file {path.name} of the model's tensors": path for path in files_of(model)}
-    return {"the model": model, **apart, **({"the calibration data": Path(data)} if data else {})}
+    return files_of(model)
+
+
+def _sources(model: Path, apart: Sequence[Path], data: str | None) -> dict[str, Path]:
+    """What stays as it is, by what it is called."""
+    tensors = {f"the file {path.name} of the model's tensors": path for path in apart}
+    return {"the model": model, **tensors, **({"the calibration data": Path(data)} if data else {})}
 
 
 def _beside(model: Path, outputs: Sequence[Path], reports: Sequence[Path]) -> list[Path]:
     """Where tensors will go that the model keeps in files of their own."""
     from onnxprune.files import beside
     from onnxprune.graph import read_model
-    from onnxprune.tensors import files_of
 
-    return beside(read_model(model), outputs, reports) if files_of(model) else []
+    return beside(read_model(model), outputs, reports)
 
 
 def _take_preprocessing(options: dict[str, Any]) -> Preprocessing:
