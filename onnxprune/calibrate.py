@@ -8,7 +8,7 @@ A reader's target is what the original gave, its input what the network pruned s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -59,7 +59,8 @@ class Sweep:
         runtime: how to run.
         arrays: stored tensors that are changed from the start.
         room: what all this may take.
-        limiters: whether samples are kept for a fit to what comes out of the limiter behind a reader.
+        closely: of the readers, those for which samples are kept: for the fit to what comes out of a limiter behind
+            them, and for that of their blocks.
     """
 
     def __init__(
@@ -70,12 +71,12 @@ class Sweep:
         runtime: Runtime,
         arrays: Arrays,
         room: Room | None = None,
-        limiters: bool = True,
+        closely: Collection[Reader] = (),
     ) -> None:
         self.graph = analysis.graph
         self.room = room or Room.of(None, 0)
         self.used_files = False
-        self.limiters = limiters
+        self.closely = {r.index for r in closely}
         self.answers = answers
         self.analysis = analysis
         self.batches = answers.batches
@@ -86,9 +87,10 @@ class Sweep:
         place = self.segments.place
         self.readers = sorted(readers, key=lambda r: place[r.layer.node.index])
         self.cuts = [place[r.layer.node.index] for r in self.readers]
-        stops = {r.index for r in self.readers}
         self.runtime = runtime
-        self.blocks = [v.block for v in answers.views.values() if {r.index for r in v.block.outer} <= stops]
+        self.blocks = [
+            v.block for v in answers.views.values() if not self.closely.isdisjoint(r.index for r in v.block.outer)
+        ]
         # what is fitted by small steps is computed in float32 at least
         narrow = self.blocks and (runtime.as_float32 or types(self.graph.model) & NARROW)
         self._wide = Graph(float32_copy(self.graph.model), self.graph.folder) if narrow else self.graph
@@ -121,7 +123,8 @@ class Sweep:
                 blocks = [b for b in self.blocks if reader in b.outer]
                 known = recall(reader)
                 if known is None:
-                    given = self._folds(reader, behind, shelf, rows if self.limiters else None, pruned, spread)
+                    kept = rows if reader.index in self.closely else None
+                    given = self._folds(reader, behind, shelf, kept, pruned, spread)
                     known = fit(reader, *given, spread)
                     del given  # a block's fit needs the room
                 for block in [b for b in blocks if done[id(b)] is None]:

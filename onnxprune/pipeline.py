@@ -281,8 +281,9 @@ class Chooser:
         pending = self._chosen_on_the_way(counts)
         for group in pending:
             del self.kept[group]
-        cut = [r for r in self.readers if not r.columns or self._is_cut(r, counts)]
-        runner = Sweep(self.analysis, cut, answers, self.runtime, arrays, self.room, self.effort.together)
+        fitted = self._to_be_fitted(counts, arrays)
+        closely = [r for r in fitted if self.effort.together and (not r.columns or self._is_cut(r, counts))]
+        runner = Sweep(self.analysis, fitted, answers, self.runtime, arrays, self.room, closely)
         steps = Steps(self, counts, pending)
 
         def fit_reader(
@@ -314,7 +315,7 @@ class Chooser:
                 collect(
                     self.analysis, (), answers.batches, self.runtime, self.progress, answers=answers, room=self.room
                 )
-        with self.progress.stage("reconstruct", len(cut)):
+        with self.progress.stage("reconstruct", len(fitted)):
             found = runner.run(steps.reader(fit_reader), steps.block(self._fit_block), self.progress, steps.recall)
         if (count := len(self._fitted_to)) < len(self.data):
             self._say(f"the weights were fitted to {count} of the {len(self.data)} samples: more would change little")
@@ -367,6 +368,20 @@ class Chooser:
                 for name, gone in removed_weights(info, self.analysis, self.kept[info.group.index]).items():
                     silent[name] = gone | silent.get(name, False)
         return silent, {name: self.analysis.graph.silenced(name, gone) for name, gone in silent.items()}
+
+    def _to_be_fitted(self, counts: np.ndarray, arrays: Arrays) -> list[Reader]:
+        """The readers that lose columns, and all that read what follows from them: it is not what it was any more."""
+        readers = {r.layer.node.index: r for r in self.readers}
+        changed, found = set(arrays), []
+        for node in self.analysis.graph.nodes:
+            reader = readers.get(node.index)
+            drifts = not changed.isdisjoint((*node.inputs, *node.captured))
+            if reader is not None and (drifts or self._is_cut(reader, counts)):
+                found.append(reader)
+                changed.update(node.outputs)
+            elif drifts:
+                changed.update(node.outputs)
+        return found
 
     def _is_cut(self, reader: Reader, counts: np.ndarray) -> bool:
         return any(counts[g] < self.analysis.groups[g].units for g in reader.columns)
@@ -445,7 +460,7 @@ class Chooser:
 
     def _note(self, reader: Reader, fits: Sequence[Fit]) -> None:
         error = float(np.mean([f.error for f in fits]))
-        for group in reader.columns:
+        for group in (g for g in reader.columns if len(self.kept[g]) < self.analysis.groups[g].units):
             self.errors[group] = max(self.errors.get(group, 0.0), error)
 
 

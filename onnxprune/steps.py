@@ -50,7 +50,7 @@ class Steps:
             chosen = [g for g in reader.columns if g in self.pending]
             about = {
                 "kept": {g: chooser.kept[g].tolist() for g in chosen},
-                "errors": {g: chooser.errors[g] for g in reader.columns},
+                "errors": {g: chooser.errors[g] for g in reader.columns if g in chooser.errors},
                 "notes": chooser.notes[before:],
             }
             chooser.journal.put(self._name(reader), about, found.items())

@@ -1,0 +1,62 @@
+"""Layers that lose nothing are fitted too where what they read is not what it was, and no others."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from builder import Builder, run
+from onnx import numpy_helper
+
+from onnxprune.api import Result, prune
+
+SAMPLES = 400
+
+
+def network() -> onnx.ModelProto:
+    """Layers a, b and c of 8 channels in front of a head, and one that reads what a gives."""
+    g = Builder()
+    a = g.Relu(g.conv(g.input("x", ["n", 3, 6, 6]), 8, name="a"))
+    c = g.Relu(g.conv(g.Relu(g.conv(a, 8, name="b")), 8, name="c"))
+    return g.model(g.conv(c, 4, name="head"), g.conv(a, 4, name="aside"))
+
+
+def images(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((SAMPLES, 3, 6, 6)).astype(np.float32)
+
+
+def stored(model: onnx.ModelProto, layer: str) -> dict[str, np.ndarray]:
+    """Weight and bias of a layer, by their names."""
+    node = next(n for n in model.graph.node if n.name == layer)
+    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name in node.input}
+
+
+def halved(**options: bool) -> Result:
+    """The network with a part of b's channels."""
+    given = {"only": "^b$", "speedup": 1.2, "best_effort": True, "threads": 1}
+    return prune(network(), data=images(0), **given, **options)
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["default", "quick"])
+def test_what_follows_a_cut_is_fitted_and_what_does_not_is_left_alone(quick: bool) -> None:
+    before, after = network(), halved(quick=quick).model
+    pairs = {name: (stored(before, name), stored(after, name)) for name in ("a", "c", "head", "aside")}
+    changed = {name: not all(np.array_equal(a[k], b[k]) for k in a) for name, (a, b) in pairs.items()}
+    assert changed == {"a": False, "c": True, "head": True, "aside": False}
+
+
+def test_the_fit_behind_makes_up_for_what_is_missing_in_front() -> None:
+    before, after = network(), halved(quick=True).model
+    unfitted = onnx.ModelProto()
+    unfitted.CopyFrom(after)
+    tensors = {t.name: t for t in unfitted.graph.initializer}
+    for name, array in stored(before, "head").items():
+        tensors[name].CopyFrom(numpy_helper.from_array(array, name))
+    x = {"x": images(1)}  # that nothing was fitted to
+    wanted = run(before, x)[0]
+    errors = [float(np.square(run(model, x)[0] - wanted).mean()) for model in (after, unfitted)]
+    assert 0.0 < errors[0] < 0.98 * errors[1]
+
+
+def test_errors_are_reported_of_groups_that_lost_something() -> None:
+    assert {g.name for g in halved(quick=True).report.groups if g.error is not None} == {"b"}
