@@ -21,12 +21,16 @@ from onnxprune.statistics import Gram, Statistics
 
 _REFINEMENTS = 8
 _RELAXATION = 1.5  # steps of majorisation are short; over-relaxation below 2 keeps them descending
+_NOISE = float(np.finfo(np.float32).eps)  # of the energy: smaller errors are those of the sums themselves
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean of the Gram matrix' diagonal
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Fitted weights (p, o) with zeros outside the kept columns, the ridge and the relative error they leave."""
+    """Fitted weights (p, o) with zeros outside the kept columns, the ridge and the relative error they leave.
+
+    The ridge is infinite where samples held out gain nothing by a fit: the weights are as they were.
+    """
 
     weights: np.ndarray
     ridge: float
@@ -49,6 +53,8 @@ def solve(statistics: Statistics, kept: np.ndarray, prior: np.ndarray, ridge: fl
 
 def _solve(statistics: Statistics, bias: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:
     """The same of the kept columns alone; which of them is the bias."""
+    if np.isinf(ridge):
+        return prior.astype(np.float64)
     diagonal = np.diag(statistics.gram)
     while True:
         penalty = np.full(len(prior), ridge * max(float(diagonal.mean()), np.finfo(float).tiny))
@@ -66,7 +72,7 @@ def _solve(statistics: Statistics, bias: np.ndarray, prior: np.ndarray, ridge: f
 
 
 def fit(folds: Sequence[Statistics], kept: np.ndarray, prior: np.ndarray, ridges: Sequence[float] = RIDGES) -> Fit:
-    """Choose the ridge on the half that was not fitted, then fit on everything.
+    """Choose the ridge on the half that was not fitted, then fit on everything; or leave the weights as they are.
 
     Args:
         folds: statistics of two disjoint halves of the samples; of a single part, the last ridge is taken.
@@ -77,6 +83,7 @@ def fit(folds: Sequence[Statistics], kept: np.ndarray, prior: np.ndarray, ridges
     parts = [f.of(kept) for f in folds]
     total = functools.reduce(operator.add, parts)
     sliced, bias = prior[kept].astype(np.float64), kept == len(prior) - 1
+    energy = max(float(total.energy.sum()), np.finfo(float).tiny)
     best, score = ridges[-1], np.inf
     if len(parts) > 1 and all(f.rows for f in parts):
         for ridge in ridges:
@@ -87,13 +94,15 @@ def fit(folds: Sequence[Statistics], kept: np.ndarray, prior: np.ndarray, ridges
             if not seen < score:  # held-out error falls and then rises with the ridge
                 break
             best, score = ridge, seen
+        if not score + _NOISE * energy < sum(held.error(sliced) for held in parts):
+            best = np.inf
     weights = _solve(total, bias, sliced, best)
     error, unfitted = total.error(weights), total.error(sliced)
     if unfitted < error:  # never worse than leaving them alone
         weights, error = sliced, unfitted
     whole = np.zeros_like(prior, dtype=np.float64)
     whole[kept] = weights
-    return Fit(whole, best, error / max(float(total.energy.sum()), np.finfo(float).tiny))
+    return Fit(whole, best, error / energy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +166,8 @@ def refine(
         spread: works on the sides.
         gram: (kept, kept) ``X'X`` of all rows; None where it is to be found.
     """
+    if np.isinf(start.ridge):  # what does not even gain by the linear fit
+        return start
     if gram is None:
         gram = functools.reduce(operator.add, spread(functools.partial(_gram, len(kept)), sides))
     diagonal = np.diag(gram)

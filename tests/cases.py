@@ -132,13 +132,13 @@ def open_features(g: Builder) -> tuple[str, str]:
 class Case:
     """A network, its readers, its data, and runs of it as a whole."""
 
-    def __init__(self, name: str, batch: int = 7, seed: int = 0) -> None:
+    def __init__(self, name: str, batch: int = 7, seed: int = 0, samples: int = SAMPLES) -> None:
         self.name = name
         self.analysis: Analysis = analysed(MODELS[name]())[0]
         self.graph = self.analysis.graph
         self.readers = find_readers(self.analysis)
         shape = [d or 1 for d in self.graph.inputs[0].shape][1:]
-        x = np.random.default_rng(1).standard_normal((SAMPLES, *shape)).astype(np.float32)
+        x = np.random.default_rng(1).standard_normal((samples, *shape)).astype(np.float32)
         self.data: Calibration = load_calibration(x, self.graph.inputs)
         self.batches = Batches(self.data, batch, seed)
 

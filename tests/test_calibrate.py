@@ -200,7 +200,7 @@ def test_what_is_changed_from_the_start_is_part_of_the_pruned_network() -> None:
 
 
 def test_a_head_that_reads_no_group_makes_up_for_what_comes_in() -> None:
-    case = case_of("open_features")
+    case = Case("open_features", samples=200)
     arrays = sweep(case, lambda reader, folds, _: refitted(case, reader, folds), {})
     head_weight = case.readers[-1].layer.weight
     assert case.readers[-1].columns == {}

@@ -116,6 +116,30 @@ def test_few_noisy_rows_are_trusted_less_than_unregularised() -> None:
     assert np.median(better) < 0.7
 
 
+def test_weights_that_held_out_rows_find_no_fault_with_stay_as_they_are() -> None:
+    """What a fit gains on its own rows it loses on others."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((40, OUTPUTS))
+    x = rows(30, rng, 40)
+    y = x @ weights + 0.1 * rng.standard_normal((30, OUTPUTS))
+    found = fit(halves(x, y), np.arange(40), weights)
+    assert found.ridge == np.inf
+    np.testing.assert_array_equal(found.weights, weights)
+    with workers(1) as spread:
+        assert refine(found, [], 1.0, np.arange(40), weights, spread) is found
+
+
+def test_errors_below_those_of_the_sums_are_none() -> None:
+    """Outputs that hardly vary about a large mean: sums of float32 cannot say how far from it they are."""
+    rng = np.random.default_rng(0)
+    x = (100.0 + 0.01 * rows(30, rng, 40)).astype(np.float32)
+    x[:, -1] = 1.0
+    weights = rng.uniform(0.5, 1.5, (40, OUTPUTS))
+    y = (x @ weights).astype(np.float32)
+    found = fit(halves(x, y), np.arange(40), weights)
+    np.testing.assert_array_equal(found.weights, weights)
+
+
 def test_many_clean_rows_are_trusted() -> None:
     rng = np.random.default_rng(1)
     x, weights = rows(4000, rng), rng.standard_normal((COLUMNS, OUTPUTS))
