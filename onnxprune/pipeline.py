@@ -32,7 +32,7 @@ from onnxprune.parallel import MOST, Map
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers, matrices_of
-from onnxprune.reconstruct import Fit, fit, refine, solve
+from onnxprune.reconstruct import DOUBTFUL, Fit, fit, refine, solve
 from onnxprune.runtime import Runtime
 from onnxprune.scores import Scored, sharpen
 from onnxprune.select import Problem, Ranking
@@ -298,15 +298,21 @@ class Chooser:
                 self.kept[group] = ranking.kept(int(counts[group]))
             left = self._left(reader)
             fits = [fit(part, left, weights) for part, weights in zip(folds, reader.weights, strict=True)]
+
+            def alone(whole: Fit) -> list[Fit]:
+                return [fit([fold], left, reader.weights[0], [whole.ridge]) for fold in folds[0]]
+
             if samples:
                 for side in samples:
                     side.narrow(left)
                 energy = sum(side.energy for side in samples)
                 whole = all(side.is_whole for side in samples)
                 gram = np.sum([fold.of(left).gram for fold in folds[0]], axis=0) if whole else None
-                fits = [refine(fits[0], samples, energy, left, reader.weights[0], spread, gram)]
+                doubtful = sum(fold.rows for fold in folds[0]) < DOUBTFUL * len(left)
+                halves = alone(fits[0]) if doubtful else ()
+                fits = [refine(fits[0], samples, energy, left, reader.weights[0], spread, gram, halves)]
             if scored:
-                halves = [fit([fold], left, reader.weights[0], [fits[0].ridge]) for fold in folds[0]]
+                halves = alone(fits[0])
                 fits = [sharpen(fits[0], halves, scored, left, spread)]
             return self._fitted(reader, fits, silent)
 

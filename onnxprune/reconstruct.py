@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from onnxprune.parallel import Map
+from onnxprune.parallel import Map, workers
 from onnxprune.statistics import Gram, Statistics
 
 _REFINEMENTS = 8
+DOUBTFUL = 32  # rows for a column: of fewer, a fit has to show on others what it is worth
 _RELAXATION = 1.5  # steps of majorisation are short; over-relaxation below 2 keeps them descending
 _NOISE = float(np.finfo(np.float32).eps)  # of the energy: smaller errors are those of the sums themselves
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean of the Gram matrix' diagonal
@@ -148,6 +149,7 @@ def refine(
     prior: np.ndarray,
     spread: Map,
     gram: np.ndarray | None = None,
+    halves: Sequence[Fit] = (),
 ) -> Fit:
     """Fit what comes out of the limiter behind the layer, rather than what goes in.
 
@@ -165,8 +167,12 @@ def refine(
         prior: (p, o) the weights to shrink towards, as in `fit`.
         spread: works on the sides.
         gram: (kept, kept) ``X'X`` of all rows; None where it is to be found.
+        halves: the linear fits to each of the two sides alone, where rows are so few that it is in doubt what they say
+            of others: nothing is refined then unless what is refined on one side is better on the other as well.
     """
     if np.isinf(start.ridge):  # what does not even gain by the linear fit
+        return start
+    if halves and not _helps(halves, sides, kept, prior):
         return start
     if gram is None:
         gram = functools.reduce(operator.add, spread(functools.partial(_gram, len(kept)), sides))
@@ -192,6 +198,19 @@ def refine(
     full = np.zeros_like(start.weights)
     full[kept] = weights
     return Fit(full, start.ridge, losses[-1] / energy)
+
+
+def _helps(halves: Sequence[Fit], sides: Sequence[Iterable[Chunk]], kept: np.ndarray, prior: np.ndarray) -> bool:
+    """Whether what is refined on either side is better on the other."""
+    before = after = 0.0
+    with workers(1) as alone:
+        for half, side, other in zip(halves, sides, reversed(sides), strict=True):
+            refined = refine(half, [side], 1.0, kept, prior, alone)
+            before, after = (
+                total + _nearest(each.weights[kept], True, other)[0]
+                for total, each in ((before, half), (after, refined))
+            )
+    return after < before
 
 
 def _gram(columns: int, side: Iterable[Chunk]) -> np.ndarray:

@@ -1,6 +1,8 @@
-"""Layers that lose nothing are fitted too where what they read is not what it was, and no others."""
+"""Which layers are fitted, and by what: those behind a cut, and with doubt where rows are few."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import onnx
@@ -8,7 +10,9 @@ import pytest
 from builder import Builder, run
 from onnx import numpy_helper
 
+from onnxprune import pipeline
 from onnxprune.api import Result, prune
+from onnxprune.reconstruct import Fit
 
 SAMPLES = 400
 
@@ -60,3 +64,18 @@ def test_the_fit_behind_makes_up_for_what_is_missing_in_front() -> None:
 
 def test_errors_are_reported_of_groups_that_lost_something() -> None:
     assert {g.name for g in halved(quick=True).report.groups if g.error is not None} == {"b"}
+
+
+@pytest.mark.parametrize(("samples", "doubted"), [(10, True), (SAMPLES, False)])
+def test_a_limiter_is_fitted_to_with_doubt_where_rows_are_few(
+    samples: int, doubted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def noted(start: Fit, *rest: Any) -> Fit:
+        given.append(len(rest[-1]))
+        return start
+
+    monkeypatch.setattr(pipeline, "refine", noted)
+    prune(network(), data=images(0)[:samples], only="^a$|^b$", speedup=1.5, best_effort=True, threads=1)
+    assert given and all(count == (2 if doubted else 0) for count in given)

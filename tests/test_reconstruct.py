@@ -264,6 +264,32 @@ def test_a_layer_is_refined_for_what_comes_out_of_the_limiter() -> None:
     with workers(1) as spread:
         known = refine(start, sides, energy, kept, prior, spread, x[:, kept].T @ x[:, kept])
     np.testing.assert_allclose(known.weights, found.weights, rtol=1e-9, atol=1e-12)
+    # it helps on either side what is refined on the other
+    alone = [fit([half], kept, prior, [start.ridge]) for half in halves(x, wanted)]
+    with workers(1) as spread:
+        judged = refine(start, sides, energy, kept, prior, spread, halves=alone)
+    np.testing.assert_array_equal(judged.weights, found.weights)
+
+
+def test_few_rows_are_not_refined_where_that_helps_no_others() -> None:
+    rng = np.random.default_rng(2)
+    prior, kept = rng.standard_normal((40, OUTPUTS)), np.arange(1, 40)
+    x, new = rows(80, rng, 40), rows(2000, rng, 40)
+    y = x @ prior + rng.standard_normal((len(x), OUTPUTS))
+    limiter = Saturation(np.ones(OUTPUTS), 0.0, np.inf)
+    least, most = limiter.interval(y, np.zeros_like(y))
+    start = fit([summed(x, y)], kept, prior, [1.0])
+    sides = [[(x[k::2, kept], least[k::2], most[k::2])] for k in range(2)]
+    alone = [fit([half], kept, prior, [start.ridge]) for half in halves(x, y)]
+    with workers(1) as spread:
+        found, judged = (refine(start, sides, 1.0, kept, prior, spread, halves=given) for given in ((), alone))
+    least, most = limiter.interval(new @ prior, np.zeros((len(new), OUTPUTS)))
+
+    def error(weights: np.ndarray) -> float:
+        return float(np.square(new @ weights - np.clip(new @ weights, least, most)).sum())
+
+    assert judged is start
+    assert error(found.weights) > 1.1 * error(start.weights)
 
 
 def test_solve_takes_more_ridge_where_rounding_leaves_no_positive_matrix() -> None:
