@@ -298,21 +298,18 @@ class Chooser:
                 self.kept[group] = ranking.kept(int(counts[group]))
             left = self._left(reader)
             fits = [fit(part, left, weights) for part, weights in zip(folds, reader.weights, strict=True)]
-
-            def alone(whole: Fit) -> list[Fit]:
-                return [fit([fold], left, reader.weights[0], [whole.ridge]) for fold in folds[0]]
-
+            few = sum(fold.rows for fold in folds[0]) < DOUBTFUL * len(left)
+            halves: Sequence[Fit] = ()
+            if scored or (samples and few):
+                halves = [fit([fold], left, reader.weights[0], [fits[0].ridge]) for fold in folds[0]]
             if samples:
                 for side in samples:
                     side.narrow(left)
                 energy = sum(side.energy for side in samples)
                 whole = all(side.is_whole for side in samples)
                 gram = np.sum([fold.of(left).gram for fold in folds[0]], axis=0) if whole else None
-                doubtful = sum(fold.rows for fold in folds[0]) < DOUBTFUL * len(left)
-                halves = alone(fits[0]) if doubtful else ()
                 fits = [refine(fits[0], samples, energy, left, reader.weights[0], spread, gram, halves)]
             if scored:
-                halves = alone(fits[0])
                 fits = [sharpen(fits[0], halves, scored, left, spread)]
             return self._fitted(reader, fits, silent)
 
