@@ -162,8 +162,7 @@ _RUN = (
 
 
 _NOTE = """Seconds are those of busy machines. Rows called lossless are of images that the networks were trained on and
-know almost by heart, every other one of which calibrates; all others are of images that they have not seen. Peaks above
-1,500 MiB are of runs before the collecting pass held half as much at a time and batches went by the widest node."""
+know almost by heart, every other one of which calibrates; all others are of images that they have not seen."""
 
 
 def table(rows: list[Row]) -> str:
