@@ -20,6 +20,7 @@ class Effort:
         mirrored: samples up to which their mirror images are looked at as well.
         together: whether a limiter behind a layer is minded, and neighbouring layers are fitted together; else every
             layer is fitted once, from sums.
+        again: whether widths are measured again in the network that was fitted to the first ones.
         products: multiplications that one look at the samples of such a fit may take in the original's layers; wide
             layers are looked at in fewer positions for it, within reason.
     """
@@ -32,16 +33,19 @@ class Effort:
     most: int
     mirrored: int
     together: bool
+    again: bool
     products: float = math.inf
 
     @property
     def of_few(self) -> Effort:
         """The same where samples are few.
 
-        Each is looked at in more of its positions, which costs little; damage is not measured on as many, or it would
-        cost more than all else.
+        Each is looked at in more of its positions, and widths are measured again, which costs little then; damage is
+        not measured on as many, or it would cost more than all else.
         """
-        return replace(self, thinned=1, products=math.inf, fewest=self.fewest // 2) if self.together else self
+        if not self.together:
+            return self
+        return replace(self, thinned=1, products=math.inf, fewest=self.fewest // 2, again=True)
 
     def damage_samples(self, samples: int, groups: int) -> int:
         """Of so many samples, how many damage is measured on: a measurement runs half of the network, on average."""
@@ -50,6 +54,6 @@ class Effort:
 
 
 # few widths say what damage is, with a group's own errors between them; samples are better spent than widths
-THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 2.0, 96, 256, 1000, True)
-BALANCED = Effort(2500, 4, (0.4, 0.1), 1.5, 96, 256, 1000, True, 8e9)
-QUICK = Effort(1000, 4, (0.4, 0.1), 0.5, 24, 64, 0, False)
+THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 2.0, 96, 256, 1000, True, True)
+BALANCED = Effort(2500, 4, (0.4, 0.1), 1.5, 96, 256, 1000, True, False, 8e9)
+QUICK = Effort(1000, 4, (0.4, 0.1), 0.5, 24, 64, 0, False, False)

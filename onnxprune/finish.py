@@ -139,7 +139,7 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
         before_that, counts = counts, goal.counts(chooser)
         if np.array_equal(before_that, counts):
             break
-        plan, pruned, proof = _cut_and_prove(prepared, counts)
+        plan, pruned, proof = _cut_and_prove(prepared, goal, counts)
         if timing is None or timing.keeps_promise(pruned, counts):
             break
     warnings = list(prepared.warnings)
@@ -217,12 +217,17 @@ def _cut(network: Cuttable, counts: np.ndarray) -> onnx.ModelProto:
     return network.flat.closed(rewrite(network.analysis, Plan("", kept), copies=network.flat.copies))
 
 
-def _cut_and_prove(prepared: Prepared, counts: np.ndarray) -> tuple[Plan, onnx.ModelProto, Proof]:
+def _cut_and_prove(prepared: Prepared, goal: Aim, counts: np.ndarray) -> tuple[Plan, onnx.ModelProto, Proof]:
     """Choose units, fit weights, prove the cut, and make the model."""
     analysis, network, chooser = prepared.analysis, prepared.network, prepared.chooser
     arrays: Mapping[str, np.ndarray] = {}
     if prepared.settings.reconstruct:
-        arrays = chooser.sweep(counts) if prepared.kept is None else chooser.fit_once(counts)
+        if prepared.kept is not None:
+            arrays = chooser.fit_once(counts)
+        elif goal.timing is not None:  # other widths would have to be timed first
+            arrays = chooser.sweep(counts)
+        else:
+            arrays = chooser.fit(counts, goal.limits, goal.choices)
     else:
         chooser.choose(counts)
     names = {info.group.index: info.name for info in analysis.groups}

@@ -28,11 +28,21 @@ from onnxprune.joint import Network, Part, current, stored_tensors
 from onnxprune.journal import Journal
 from onnxprune.layers import Layer
 from onnxprune.memory import Room, frugal, text
+from onnxprune.narrowing import (
+    RIDGE,
+    Narrowing,
+    columns_gone,
+    columns_left,
+    curve,
+    near,
+    removed_weights,
+    silent_weights,
+)
 from onnxprune.parallel import MOST, Map
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers, matrices_of
-from onnxprune.reconstruct import DOUBTFUL, Fit, fit, refine, solve
+from onnxprune.reconstruct import DOUBTFUL, Fit, fit, refine
 from onnxprune.runtime import Runtime
 from onnxprune.scores import Scored, sharpen
 from onnxprune.select import Problem, Ranking
@@ -40,14 +50,13 @@ from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unf
 from onnxprune.sensitivity import Variants, measure
 from onnxprune.shelf import Shelf
 from onnxprune.statistics import Statistics
-from onnxprune.steps import Steps
+from onnxprune.steps import Steps, digest_of
 from onnxprune.surroundings import Samples
 from onnxprune.taking import Taking
 from onnxprune.targets import Limit
 
 _FEW = 1000  # samples
 _FEW_BLOCKS = 2  # times as many positions are looked at where samples are few: neighbours say something then
-_RIDGE = 1e-4  # of the first, one-shot reconstructions
 
 
 @dataclass(eq=False)
@@ -139,18 +148,9 @@ class Chooser:
                 self.progress.advance()
 
     def _problems(self, info: GroupInfo, statistics: Mapping[int, Sequence[Statistics]] | None = None) -> list[Problem]:
-        gone = {r.index: self._gone(r) for r in self.readers}
+        gone = {r.index: columns_gone(r, self.kept) for r in self.readers}
         found = statistics if statistics is not None else self.statistics
         return problems_of(info.group.index, self.readers, found, gone)
-
-    def _gone(self, reader: Reader) -> np.ndarray:
-        """Columns of a reader that belong to units removed so far."""
-        parts = [
-            np.delete(columns, self.kept[group], axis=0).ravel()
-            for group, columns in reader.columns.items()
-            if group in self.kept
-        ]
-        return np.concatenate([*parts, np.empty(0, np.int64)]).astype(np.int64)
 
     # ------------------------------------------------------------------------------------------------- budget
 
@@ -189,41 +189,21 @@ class Chooser:
 
     def measured_damage(self) -> list[tuple[list[int], list[float]]]:
         """Per group a few kept counts, and the damage to the output at each."""
-        batches = self._batches(self.pricing, ())
         levels = [self._levels(info.units) for info in self.analysis.groups]
-        with self.progress.stage("sensitivity", len(self.analysis.groups)):
-            variants = {
-                info.group.index: self._variants(info, counts)
-                for info, counts in zip(self.analysis.groups, levels, strict=True)
-            }
-            damage = measure(self.analysis, variants, batches, self.runtime, self.progress, self.room)
-        return [(levels[g], damage[g]) for g in range(len(levels))]
+        narrowing = Narrowing(self.analysis, self.readers, self.statistics, self.rankings)
+        damage = self._measured(narrowing, [narrowing.variants(g, counts) for g, counts in enumerate(levels)])
+        return list(zip(levels, damage, strict=True))
 
     def _levels(self, units: int) -> list[int]:
         return sorted({min(max(round(units * share), 1), units - 1) for share in self.effort.levels})
 
-    def _variants(self, info: GroupInfo, counts: Sequence[int]) -> Variants:
-        """The networks in which only this group is narrowed, its readers fitted to the original."""
-        graph = self.analysis.graph
-        silenced = bool(unfitted_weights(info, self.analysis, self.readers))
-        readers = [r for r in self.readers if info.group.index in r.columns and r.index in self.statistics]
-        tensors = set(removed_weights(info, self.analysis, np.empty(0, np.int64)) if silenced else ())
-        tensors |= {name for r in readers for name in (r.layer.weight, r.layer.bias) if name}
-
-        def made(kept: np.ndarray) -> Arrays:
-            silent = removed_weights(info, self.analysis, kept) if silenced else {}
-            arrays = {name: graph.array(name) for name in silent}
-            for reader in readers:
-                gone = np.delete(reader.columns[info.group.index], kept, axis=0).ravel()
-                left = np.setdiff1d(np.arange(reader.width), gone)
-                left = left[:-1] if not reader.layer.bias else left
-                statistics = self.statistics[reader.index]
-                matrices = [solve(s, left, w, _RIDGE) for s, w in zip(statistics, reader.weights, strict=True)]
-                arrays |= stored_tensors(graph, reader.layer, np.stack(matrices))
-            return {name: graph.silenced(name, silent.get(name), array) for name, array in arrays.items()}
-
-        ranking = self.rankings[info.group.index]
-        return Variants(sorted(tensors), lambda k: made(ranking.kept(counts[k])), len(counts))
+    def _measured(self, narrowing: Narrowing, variants: Sequence[Variants]) -> list[list[float]]:
+        """What every one of a group's variants does to the output."""
+        batches = self._batches(self.pricing, ())
+        given = {info.group.index: each for info, each in zip(self.analysis.groups, variants, strict=True)}
+        with self.progress.stage("sensitivity", len(given)):
+            found = measure(self.analysis, given, batches, self.runtime, self.progress, self.room, narrowing.arrays)
+        return [found.get(index, []) for index in given]
 
     def _batches(self, data: Calibration, readers: Sequence[Reader]) -> Batches:
         """The data in batches such that what a layer reads and gives has room, and what is unfolded of it for a fit.
@@ -269,6 +249,63 @@ class Chooser:
         for info, count in zip(self.analysis.groups, counts, strict=True):
             self.kept[info.group.index] = self.rankings[info.group.index].kept(int(count))
 
+    def fit(self, counts: np.ndarray, limits: Sequence[Limit], choices: Sequence[np.ndarray]) -> Arrays:
+        """`sweep`, and once more where the network that comes out says that other widths cost less damage.
+
+        What the groups' losses do together is not what each does alone. Of both networks that with less damage is kept.
+
+        Args:
+            counts: kept units per group, as `allocate` found them.
+            limits: within which that was.
+            choices: per group the kept counts to choose from.
+        """
+        arrays = self.sweep(counts)
+        if not self.effort.again or self.priced is None:
+            return arrays
+        others = self._allocated_again(counts, arrays, limits, choices)
+        if np.array_equal(others, counts):
+            return arrays
+        first = dict(self.kept), dict(self.errors), list(self.notes)
+        again = self.sweep(others)
+        if self._is_better(again, arrays):
+            return again
+        self.kept, self.errors, self.notes = first
+        return arrays
+
+    def _allocated_again(
+        self, counts: np.ndarray, arrays: Arrays, limits: Sequence[Limit], choices: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """Kept counts near these, by what they change in the network as it was fitted to these."""
+        around = [near(each, int(count)) for each, count in zip(choices, counts, strict=True)]
+        ends = [[int(each[k]) for k in (0, -1) if each[k] != count] for each, count in zip(around, counts, strict=True)]
+        step = f"again-{digest_of(counts)}"
+        entry = self.journal.get(step)
+        if entry is not None:
+            moved = entry[0]["moved"]
+        else:
+            narrowing = Narrowing(self.analysis, self.readers, self.statistics, self.rankings, dict(self.kept), arrays)
+            variants = [narrowing.variants(g, each, int(counts[g])) for g, each in enumerate(ends)]
+            moved = self._measured(narrowing, variants)
+            self.journal.put(step, {"moved": moved})
+        curves = [
+            curve(info, each, int(count), found, ranking.errors)
+            for info, each, count, found, ranking in zip(
+                self.analysis.groups, ends, counts, moved, self.rankings, strict=True
+            )
+        ]
+        return budget.allocate_within(curves, [each.cost for each in limits], [each.limit for each in limits], around)
+
+    def _is_better(self, arrays: Arrays, others: Arrays) -> bool:
+        """Whether a fitted network is nearer to the original than another."""
+        graph, answers = self.analysis.graph, self.answers
+        assert answers is not None
+        names = sorted({*arrays, *others})
+        both = [{name: each.get(name, graph.array(name)) for name in names} for each in (arrays, others)]
+        given = {0: Variants(names, both.__getitem__, len(both))}
+        with self.progress.stage("sensitivity", 1):
+            found = measure(self.analysis, given, answers.batches, self.runtime, self.progress, self.room)
+        return found[0][0] < found[0][1]
+
     def sweep(self, counts: np.ndarray) -> Arrays:
         """Choose and fit from reader to reader; returns new stored tensors in their original shapes.
 
@@ -296,7 +333,7 @@ class Chooser:
                     self.method, info, self._problems(info, {reader.index: together}), self.analysis, self.seed
                 )
                 self.kept[group] = ranking.kept(int(counts[group]))
-            left = self._left(reader)
+            left = columns_left(reader, self.kept)
             fits = [fit(part, left, weights) for part, weights in zip(folds, reader.weights, strict=True)]
             few = sum(fold.rows for fold in folds[0]) < DOUBTFUL * len(left)
             halves: Sequence[Fit] = ()
@@ -353,9 +390,9 @@ class Chooser:
         cut = [r for r in self.readers if r.index in self.statistics and self._is_cut(r, counts)]
         with self.progress.stage("reconstruct", len(cut)):
             for reader in cut:
-                left = self._left(reader)
+                left = columns_left(reader, self.kept)
                 parts = zip(self.statistics[reader.index], reader.weights, strict=True)
-                fits = [fit([part], left, weights, [_RIDGE]) for part, weights in parts]
+                fits = [fit([part], left, weights, [RIDGE]) for part, weights in parts]
                 arrays |= self._fitted(reader, fits, silent)
                 self.progress.advance()
         return arrays
@@ -365,11 +402,7 @@ class Chooser:
         self.errors.clear()
         self.notes.clear()
         self.choose(counts)
-        silent: dict[str, np.ndarray] = {}
-        for info in self.analysis.groups:
-            if len(self.kept[info.group.index]) < info.units and unfitted_weights(info, self.analysis, self.readers):
-                for name, gone in removed_weights(info, self.analysis, self.kept[info.group.index]).items():
-                    silent[name] = gone | silent.get(name, False)
+        silent = silent_weights(self.analysis.groups, self.analysis, self.readers, self.kept)
         return silent, {name: self.analysis.graph.silenced(name, gone) for name, gone in silent.items()}
 
     def _to_be_fitted(self, counts: np.ndarray, arrays: Arrays) -> list[Reader]:
@@ -389,11 +422,6 @@ class Chooser:
     def _is_cut(self, reader: Reader, counts: np.ndarray) -> bool:
         return any(counts[g] < self.analysis.groups[g].units for g in reader.columns)
 
-    def _left(self, reader: Reader) -> np.ndarray:
-        """Columns of a reader that a fit may use."""
-        left = np.setdiff1d(np.arange(reader.width), self._gone(reader))
-        return left[:-1] if not reader.layer.bias else left
-
     def _fitted(self, reader: Reader, fits: Sequence[Fit], silent: Mapping[str, np.ndarray]) -> Arrays:
         """A reader's fits as stored tensors."""
         self._note(reader, fits)
@@ -405,7 +433,7 @@ class Chooser:
         kind = self.analysis.graph.array(reader.layer.weight).dtype
         self.notes.append(f"the weights fitted for {reader.layer.node.label!r} do not fit into {kind}: not fitted")
         gone = np.ones((1, reader.width, 1))
-        gone[:, self._gone(reader)] = 0.0
+        gone[:, columns_gone(reader, self.kept)] = 0.0
         return stored_tensors(self.analysis.graph, reader.layer, reader.weights * gone)
 
     def _fits(self, arrays: Arrays) -> bool:
@@ -481,15 +509,3 @@ def stages(analysis: Analysis) -> list[int]:
     # the channels that a sampler chooses are made by nobody, but read
     around = [info.producers or info.consumers for info in analysis.groups]
     return [max((made.get(name, 0) for name in names), default=0) for names in around]
-
-
-def removed_weights(info: GroupInfo, analysis: Analysis, kept: np.ndarray) -> dict[str, np.ndarray]:
-    """Of every stored weight around a group, which elements belong to a removed unit."""
-    graph = analysis.graph
-    masks: dict[str, np.ndarray] = {}
-    for axis in info.group.axes:
-        if axis.tensor in analysis.weights and graph.is_stored(axis.tensor):
-            mask = masks.setdefault(axis.tensor, np.zeros(graph.stored(axis.tensor).dims, bool))
-            gone = np.delete(axis.positions, kept, axis=0).ravel()
-            mask[(slice(None),) * axis.axis + (gone,)] = True
-    return masks

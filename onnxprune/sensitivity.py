@@ -39,11 +39,13 @@ class Variants:
         tensors: their names.
         made: from the number of an alternative to their values.
         count: how many alternatives there are.
+        reference: what they are compared with; the original unless given.
     """
 
     tensors: Sequence[str]
     made: Callable[[int], Variant]
     count: int
+    reference: Callable[[], Variant] | None = None
 
 
 def _moved(
@@ -56,8 +58,13 @@ def _moved(
     number: int,
 ) -> float:
     """What one of the variants does to the output, summed over all samples."""
-    arrays: Arrays = {name: cast(v, graph.array(name).dtype) for name, v in variants.made(number).items()}
+    arrays = _in_types(graph, variants.made(number))
     return sum(deviation(w, suffix.run(s, arrays), compared) for s, w in zip(states, wanted, strict=True))
+
+
+def _in_types(graph: Graph, variant: Variant) -> Arrays:
+    """The values as the model has them."""
+    return {name: cast(values, graph.array(name).dtype) for name, values in variant.items()}
 
 
 def measure(
@@ -67,6 +74,7 @@ def measure(
     runtime: Runtime,
     progress: Progress,
     room: Room,
+    arrays: Variant | None = None,
 ) -> dict[int, list[float]]:
     """Deviation of the output for variants of the network, each run only from the first changed layer on.
 
@@ -77,6 +85,7 @@ def measure(
         runtime: how to run.
         progress: advanced by one per group.
         room: what this may take.
+        arrays: stored tensors that are others in the network that the variants are of.
     """
     graph = analysis.graph
     # what is known to have a shape: lists of tensors and maps of names are no answers whose changes can be measured
@@ -107,7 +116,7 @@ def measure(
         for group in sorted(changed, key=lambda g: place[g]):
             if place[group] > here:
                 frontier = segments.frontier(place[group])
-                piece = segments.piece(here, place[group], frontier, shelf.get(states[0]))
+                piece = segments.piece(here, place[group], frontier, shelf.get(states[0]), arrays)
                 here = place[group]
                 for k, state in enumerate(states):
                     found = piece.compute(shelf.get(state))
@@ -118,9 +127,13 @@ def measure(
             later = [n for n in names if n not in graph.producer or segments.place[graph.producer[n].index] >= here]
             if not set(later).isdisjoint(fronts):  # of other boxes, say, none is a counterpart of another
                 later = [n for n in later if n in fronts or n not in rows]
-            suffix = suffixes.piece(here, len(order), later, shelf.get(states[0]), free=changed[group])
+            suffix = suffixes.piece(here, len(order), later, shelf.get(states[0]), arrays, changed[group])
             given = [shelf.get(state) for state in states]
-            wanted = [{n: found[n] for n in later} for found in expected]
+            if (reference := variants[group].reference) is None:
+                wanted = [{n: found[n] for n in later} for found in expected]
+            else:
+                values = _in_types(graph, reference())
+                wanted = [suffix.run(state, values) for state in given]
             price = functools.partial(_moved, graph, variants[group], suffix, given, wanted, compared)
             results[group] = [moved / samples for moved in spread(price, range(variants[group].count))]
             del suffix

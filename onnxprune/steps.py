@@ -32,7 +32,7 @@ class Steps:
 
     def __init__(self, chooser: Chooser, counts: np.ndarray, pending: Collection[int]) -> None:
         self.chooser, self.pending = chooser, pending
-        self.sweep = hashlib.sha256(np.asarray(counts, dtype="<i8").tobytes()).hexdigest()[:16]
+        self.sweep = digest_of(counts)
 
     def _name(self, step: Reader | Block) -> str:
         if isinstance(step, Reader):
@@ -79,3 +79,8 @@ class Steps:
         self.chooser.errors |= {int(group): error for group, error in about.get("errors", {}).items()}
         self.chooser.notes += about.get("notes", [])
         return arrays
+
+
+def digest_of(counts: np.ndarray) -> str:
+    """What tells kept counts from others, in the name of an entry."""
+    return hashlib.sha256(np.asarray(counts, dtype="<i8").tobytes()).hexdigest()[:16]

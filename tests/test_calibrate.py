@@ -18,7 +18,7 @@ from onnxprune.calibrate import Arrays, Sweep
 from onnxprune.collecting import collect
 from onnxprune.data import load_calibration
 from onnxprune.joint import stored_tensors
-from onnxprune.pipeline import removed_weights
+from onnxprune.narrowing import removed_weights
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader, find_readers
 from onnxprune.reconstruct import fit, solve
