@@ -116,7 +116,8 @@ def prune(
         reconstruct: fit the remaining weights again by least squares.
         quick: fit every layer once and by itself, to 1,000 samples if not said otherwise: several times faster, and
             less accurate.
-        thorough: look at up to 5,000 samples, at more positions of each and at more widths, for longer.
+        thorough: look at up to 5,000 samples, at more positions of each, at more widths and at widths twice, for far
+            longer.
         mirror: of few images (1,000; none if ``quick``), use their mirror images as well, where the model answers both
             alike (see `onnxprune.mirror`).
         only: regular expression; only layers with such a node name are made narrower.

@@ -88,9 +88,10 @@ class Sweep:
         self.readers = sorted(readers, key=lambda r: place[r.layer.node.index])
         self.cuts = [place[r.layer.node.index] for r in self.readers]
         self.runtime = runtime
-        self.blocks = [
-            v.block for v in answers.views.values() if not self.closely.isdisjoint(r.index for r in v.block.outer)
-        ]
+        visited = {r.index for r in readers}
+        outer = ((v.block, {r.index for r in v.block.outer}) for v in answers.views.values())
+        # an outer reader that is not fitted keeps what it reads
+        self.blocks = [block for block, its in outer if its <= visited and not its.isdisjoint(self.closely)]
         # what is fitted by small steps is computed in float32 at least
         narrow = self.blocks and (runtime.as_float32 or types(self.graph.model) & NARROW)
         self._wide = Graph(float32_copy(self.graph.model), self.graph.folder) if narrow else self.graph

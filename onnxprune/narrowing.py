@@ -91,13 +91,11 @@ def near(choices: np.ndarray, count: int) -> np.ndarray:
     return choices[max(low, 0) : high + 1]
 
 
-def curve(
-    info: GroupInfo, counts: Sequence[int], reference: int, moved: Sequence[float], own: np.ndarray
-) -> np.ndarray:
+def curve(units: int, counts: Sequence[int], reference: int, moved: Sequence[float], own: np.ndarray) -> np.ndarray:
     """Damage for every kept count up to the largest one measured, where that is taken for none, and zero beyond.
 
     Args:
-        info: the group.
+        units: of the group.
         counts: kept counts, ascending.
         reference: the one that they were compared with.
         moved: how far each of them is from that.
@@ -108,7 +106,7 @@ def curve(
     levels = [*(c for c in counts if c < reference), *([reference] if reference < most else [])]
     damage = [*(wider + m for c, m in zip(counts, moved, strict=True) if c < reference), wider][: len(levels)]
     found = budget.interpolate(most, levels, damage, own[: most + 1]) if levels else np.zeros(most + 1)
-    return np.concatenate([found, np.zeros(info.units - most)])
+    return np.concatenate([found, np.zeros(units - most)])
 
 
 def columns_left(reader: Reader, kept: Mapping[int, np.ndarray]) -> np.ndarray:

@@ -288,7 +288,7 @@ class Chooser:
             moved = self._measured(narrowing, variants)
             self.journal.put(step, {"moved": moved})
         curves = [
-            curve(info, each, int(count), found, ranking.errors)
+            curve(info.units, each, int(count), found, ranking.errors)
             for info, each, count, found, ranking in zip(
                 self.analysis.groups, ends, counts, moved, self.rankings, strict=True
             )
@@ -297,13 +297,12 @@ class Chooser:
 
     def _is_better(self, arrays: Arrays, others: Arrays) -> bool:
         """Whether a fitted network is nearer to the original than another."""
-        graph, answers = self.analysis.graph, self.answers
-        assert answers is not None
+        graph, batches = self.analysis.graph, self._batches(self._fitted_to, ())
         names = sorted({*arrays, *others})
         both = [{name: each.get(name, graph.array(name)) for name in names} for each in (arrays, others)]
         given = {0: Variants(names, both.__getitem__, len(both))}
         with self.progress.stage("sensitivity", 1):
-            found = measure(self.analysis, given, answers.batches, self.runtime, self.progress, self.room)
+            found = measure(self.analysis, given, batches, self.runtime, self.progress, self.room)
         return found[0][0] < found[0][1]
 
     def sweep(self, counts: np.ndarray) -> Arrays:

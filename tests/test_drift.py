@@ -12,7 +12,10 @@ from onnx import numpy_helper
 
 from onnxprune import pipeline
 from onnxprune.api import Result, prune
+from onnxprune.prepare import prepare
+from onnxprune.progress import Progress
 from onnxprune.reconstruct import Fit
+from onnxprune.settings import Settings
 
 SAMPLES = 400
 
@@ -60,6 +63,18 @@ def test_the_fit_behind_makes_up_for_what_is_missing_in_front() -> None:
     wanted = run(before, x)[0]
     errors = [float(np.square(run(model, x)[0] - wanted).mean()) for model in (after, unfitted)]
     assert 0.0 < errors[0] < 0.98 * errors[1]
+
+
+def test_a_layer_is_not_changed_where_one_of_its_readers_is_not_fitted() -> None:
+    """b reads fewer of a's channels, and aside all of them."""
+    prepared = prepare(network(), Settings(data=images(0), threads=1, only="^a$|^b$"), Progress())
+    chooser, aside = prepared.chooser, stored(network(), "aside")
+    with chooser.at_work(sweeping=True):
+        prepared.gather()
+        counts = {"b": 8, "b:input": 6}
+        arrays = chooser.sweep(np.array([counts[info.name] for info in prepared.analysis.groups]))
+    assert set(stored(network(), "b")) <= set(arrays)
+    assert not {*aside, *stored(network(), "a")} & set(arrays)
 
 
 def test_errors_are_reported_of_groups_that_lost_something() -> None:

@@ -13,6 +13,7 @@ def test_few_samples_are_looked_at_as_thoroughly_as_many() -> None:
     few = BALANCED.of_few
     assert (few.thinned, few.products) == (THOROUGH.thinned, THOROUGH.products)
     assert (few.samples, few.levels) == (BALANCED.samples, BALANCED.levels)
+    assert (few.again, THOROUGH.again, BALANCED.again, QUICK.again) == (True, True, False, False)
     assert QUICK.of_few is QUICK
 
 

@@ -224,6 +224,34 @@ def test_variants_are_measured_as_whole_models(size: int, frontier: int, threads
         assert abs(found[group][2]) < 1e-9
 
 
+def test_variants_of_another_network_are_compared_with_what_is_its_own() -> None:
+    analysis = analysed(network())[0]
+    graph, rng = analysis.graph, np.random.default_rng(0)
+    weights = {n.label: n.inputs[1] for n in graph.nodes if n.op in ("Conv", "Gemm")}
+
+    def other(name: str) -> np.ndarray:
+        return graph.array(name) * rng.uniform(0.5, 1.5, graph.array(name).shape).astype(np.float32)
+
+    base = {weights[n]: other(weights[n]) for n in ("stem", "a2", "late")}
+    options, reference = (
+        [{weights["b1"]: other(weights["b1"])} for _ in range(2)],
+        {weights["b1"]: other(weights["b1"])},
+    )
+    variants = {0: Variants([weights["b1"]], options.__getitem__, 2, lambda: reference)}
+    x = np.random.default_rng(1).standard_normal((10, 3, 6, 6)).astype(np.float32)
+    data = load_calibration(x, graph.inputs)
+    feeds = data.feeds(range(10))
+    found = measure(analysis, variants, Batches(data, 4, 0), RUNTIME, Progress(), Room(1 << 30), base)
+
+    def outputs(variant: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(graph.outputs, run(changed(graph.model, {**base, **variant}), feeds), strict=True))
+
+    compared = yardsticks([dict(zip(graph.outputs, run(graph.model, feeds), strict=True))])
+    for option, damage in zip(options, found[0], strict=True):
+        assert damage == pytest.approx(deviation(outputs(reference), outputs(option), compared) / 10, rel=1e-3)
+        assert damage > 1e-6
+
+
 def test_groups_without_variants_are_left_out() -> None:
     analysis = analysed(network())[0]
     weight = next(n.inputs[1] for n in analysis.graph.nodes if n.label == "b1")
