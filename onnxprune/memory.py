@@ -23,7 +23,7 @@ with contextlib.suppress(ImportError):  # there may be no wheel for it
 
 MIB = 1 << 20
 # more than this is of no use to a part
-_BATCH, _FRONTIER, _ANSWERS, _ROWS, _BLOCK = 256 * MIB, 512 * MIB, 256 * MIB, 256 * MIB, 384 * MIB
+_BATCH, _FRONTIER, _ANSWERS, _ROWS, _BLOCK = 256 * MIB, 448 * MIB, 256 * MIB, 256 * MIB, 384 * MIB
 _LEAST = 64 * MIB  # to be left for the parts
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 _CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))

@@ -13,7 +13,7 @@ def test_few_samples_are_looked_at_as_thoroughly_as_many() -> None:
     few = BALANCED.of_few
     assert (few.thinned, few.products) == (THOROUGH.thinned, THOROUGH.products)
     assert (few.samples, few.levels) == (BALANCED.samples, BALANCED.levels)
-    assert (few.again, THOROUGH.again, BALANCED.again, QUICK.again) == (True, True, False, False)
+    assert (few.again, THOROUGH.of_few.again) == (False, True)
     assert QUICK.of_few is QUICK
 
 
@@ -27,8 +27,12 @@ def test_damage_is_measured_on_a_part_of_the_samples(samples: int, groups: int, 
 
 
 def test_damage_is_measured_on_fewer_samples_where_there_are_few() -> None:
-    assert BALANCED.of_few.damage_samples(400, 34) == 48
-    assert BALANCED.of_few.damage_samples(800, 5) == 240
+    assert BALANCED.of_few.damage_samples(270, 54) == 48 < BALANCED.damage_samples(270, 54)
+    assert BALANCED.of_few.damage_samples(400, 34) == 70 < BALANCED.damage_samples(400, 34)
+
+
+def test_damage_is_measured_on_more_of_few_samples_where_that_takes_no_time() -> None:
+    assert BALANCED.of_few.damage_samples(270, 10) == 81 + 54 > BALANCED.damage_samples(270, 10)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import onnx
 import pytest
-from builder import RUNTIME, Builder, run
+from builder import Builder, run
 
 from onnxprune.divergence import deviation
+from onnxprune.effort import BALANCED
 from onnxprune.finish import Aim, aim
 from onnxprune.narrowing import Narrowing, columns_gone, curve, near, silent_weights
 from onnxprune.pipeline import Chooser
@@ -73,7 +74,7 @@ def network() -> onnx.ModelProto:
 @pytest.fixture
 def at_work() -> Iterator[tuple[Prepared, Aim, np.ndarray]]:
     """Ready to sweep, with the first counts."""
-    prepared = prepare(network(), Settings(data=X, threads=1), Progress())
+    prepared = prepare(network(), Settings(data=X, threads=1, thorough=True), Progress())
     goal = aim(prepared, Wanted(2.0, "macs", {}))
     with prepared.chooser.at_work(sweeping=True):
         prepared.gather()
@@ -157,16 +158,10 @@ def test_of_both_networks_the_nearer_one_is_kept(at_work: tuple[Prepared, Aim, n
     assert deviation(original, {"y": outputs(chooser, found)}) == pytest.approx(min(damage), rel=1e-6)
 
 
-def test_with_many_samples_widths_are_measured_once(
+def test_widths_are_measured_once_unless_a_run_is_thorough(
     at_work: tuple[Prepared, Aim, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared, goal, counts = at_work
-    chooser = prepared.chooser
-    many = Chooser(chooser.analysis, chooser.data, RUNTIME, Progress(), "greedy", "auto", 0)
-    assert many.effort.again  # of 80 samples
-    monkeypatch.setattr("onnxprune.pipeline._FEW", 10)
-    many = Chooser(chooser.analysis, chooser.data, RUNTIME, Progress(), "greedy", "auto", 0)
-    assert not many.effort.again
-    chooser.effort = many.effort
+    prepared.chooser.effort = BALANCED
     monkeypatch.delattr(Chooser, "_allocated_again")
-    chooser.fit(counts, goal.limits, goal.choices)
+    prepared.chooser.fit(counts, goal.limits, goal.choices)
