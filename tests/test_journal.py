@@ -88,6 +88,23 @@ def test_a_run_stopped_again_and_again_gives_the_same(whole: tuple[Result, ...],
     assert not any(tmp_path.iterdir())
 
 
+def test_a_thorough_run_goes_on_between_its_two_sweeps_and_in_the_second(tmp_path: Path) -> None:
+    options = {**OPTIONS, "thorough": True}
+    first = Journal(tmp_path / "whole")
+    whole = prune_family(network(), [2.0], journal=first, **options)
+    names = sorted(path.stem for path in first.place.iterdir())
+    assert sum(name.startswith("again-") for name in names) == 1
+    sweeps = {name.split("-")[0] for name in names if "-reader" in name}
+    assert len(sweeps) == 2
+    half = sum(name.startswith(min(sweeps)) for name in names) + 2  # with statistics and damage
+    for entries in (half, half + 1, half + 3, first.count - 1):
+        folder = tmp_path / str(entries)
+        with pytest.raises(Stopped):
+            prune_family(network(), [2.0], journal=Short(folder, entries, resume=False), **options)
+        again = prune_family(network(), [2.0], journal=Journal(folder, resume=True), **options)
+        assert same(again, whole)
+
+
 def test_what_was_finished_is_not_done_again(
     whole: tuple[Result, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
