@@ -40,12 +40,10 @@ class Effort:
     def of_few(self) -> Effort:
         """The same where samples are few.
 
-        Each is looked at in more of its positions, and damage is measured for more passes, which costs little; but of
-        large networks not on as many samples, or it would cost more than all else.
+        Each is looked at in more of its positions, which costs little; damage is not measured on as many, or it would
+        cost more than all else.
         """
-        if not self.together:
-            return self
-        return replace(self, thinned=1, products=math.inf, passes=4 * self.passes, fewest=self.fewest // 2)
+        return replace(self, thinned=1, products=math.inf, fewest=self.fewest // 2) if self.together else self
 
     def damage_samples(self, samples: int, groups: int) -> int:
         """Of so many samples, how many damage is measured on: a measurement runs half of the network, on average."""

@@ -27,12 +27,8 @@ def test_damage_is_measured_on_a_part_of_the_samples(samples: int, groups: int, 
 
 
 def test_damage_is_measured_on_fewer_samples_where_there_are_few() -> None:
-    assert BALANCED.of_few.damage_samples(270, 54) == 48 < BALANCED.damage_samples(270, 54)
-    assert BALANCED.of_few.damage_samples(400, 34) == 70 < BALANCED.damage_samples(400, 34)
-
-
-def test_damage_is_measured_on_more_of_few_samples_where_that_takes_no_time() -> None:
-    assert BALANCED.of_few.damage_samples(270, 10) == 81 + 54 > BALANCED.damage_samples(270, 10)
+    assert BALANCED.of_few.damage_samples(400, 34) == 48
+    assert BALANCED.of_few.damage_samples(800, 5) == 240
 
 
 @pytest.mark.parametrize(
