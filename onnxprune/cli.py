@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 import signal
 import sys
 import threading
@@ -447,6 +448,7 @@ def _status(error: BaseException, verbose: bool) -> int:
         return error.exit_status
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):  # the machine's, not ours
         _say(f"{error.filename or 'stdout'} cannot be used: {error.strerror}")
+        _let_go_of_stdout()
         return InputError.exit_status
     if isinstance(error, MemoryError):
         _say(f"there is not enough memory ({error}); try --memory, or fewer --samples".replace(" ()", ""))
@@ -456,6 +458,17 @@ def _status(error: BaseException, verbose: bool) -> int:
     please = "" if "report" in text else "; this is a fault of onnxprune: please report it with the model"
     _say(f"{text}{please}{'' if verbose else ' (--verbose shows where)'}")
     return InternalError.exit_status
+
+
+def _let_go_of_stdout() -> None:
+    """Where stdout takes no more, have what it holds go nowhere: Python would try again at the end, and exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 @contextlib.contextmanager

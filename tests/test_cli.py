@@ -512,10 +512,12 @@ def test_a_closed_stderr_is_no_fault(folder, capsys, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("option", [[], ["--json"]])
-def test_a_stdout_that_takes_no_more_is_no_fault(folder, option):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_stdout_that_takes_no_more_is_no_fault(folder, option, unbuffered):
     line = [sys.executable, "-m", "onnxprune", "inspect", str(folder / "model.onnx"), *option]
+    own = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT, env=own)
     assert done.returncode == 2
     assert done.stderr == "onnxprune: stdout cannot be used: No space left on device\n"
 
