@@ -461,7 +461,7 @@ def _status(error: BaseException, verbose: bool) -> int:
 
 
 def _let_go_of_stdout() -> None:
-    """Where stdout takes no more, have what it holds go nowhere: Python would try again at the end, and exit with 120."""
+    """Where stdout takes no more, have what it holds go nowhere: Python would try again, and exit with 120."""
     try:
         sys.stdout.flush()
     except OSError:
