@@ -462,6 +462,8 @@ def _status(error: BaseException, verbose: bool) -> int:
 
 def _let_go_of_stdout() -> None:
     """Where stdout takes no more, have what it holds go nowhere: Python would try again, and exit with 120."""
+    if sys.stdout is None:  # closed from the start
+        return
     try:
         sys.stdout.flush()
     except OSError:
