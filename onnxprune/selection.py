@@ -11,8 +11,7 @@ from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.errors import InputError
 from onnxprune.readers import Reader
 from onnxprune.reconstruct import solve
-from onnxprune.select import Problem, Ranking, greedy, lasso, ordered, wanda
-from onnxprune.select.greedy import DAMPING
+from onnxprune.select import DAMPING, Problem, Ranking, greedy, lasso, ordered, wanda
 from onnxprune.statistics import Statistics
 
 METHODS = ("greedy", "lasso", "wanda", "l1", "slimming", "random")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +17,8 @@ from sklearn.linear_model import Lasso, lars_path
 
 from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.errors import InputError
-from onnxprune.select import Problem, Ranking, greedy, lasso, ordered, wanda
-from onnxprune.select.greedy import DAMPING
+from onnxprune.reconstruct import solve
+from onnxprune.select import DAMPING, Problem, Ranking, greedy, lasso, ordered, wanda
 from onnxprune.selection import FROM_ACTIVATIONS, METHODS, rank, with_errors
 from onnxprune.statistics import Statistics, Sums
 
@@ -51,6 +52,12 @@ class Samples:
         sums.add(self.x, self.y)
         statistics = sums.statistics
         return Problem(statistics, self.weights, self.columns, self.active, self.scale)
+
+    def best(self, kept: Sequence[int], ridge: float) -> np.ndarray:
+        """The weights that `onnxprune.reconstruct.solve` finds for these units."""
+        use = self.active.copy()
+        use[np.delete(self.columns, kept, axis=0).ravel()] = False
+        return solve(self.problem.statistics, np.flatnonzero(use), self.weights, ridge)
 
     @property
     def energy(self) -> float:
@@ -211,21 +218,26 @@ def test_greedy_with_fewer_rows_than_columns_stays_finite() -> None:
 # ----------------------------------------------------------------------------------------------------------- lasso
 
 
-def contributions(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-    """The Z_i side by side, outputs stacked, and what they have to explain."""
-    z = [(samples.x[:, c] @ samples.weights[c]).ravel() for c in samples.columns]
+def contributions(samples: Samples, weights: np.ndarray, units: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The Z_i of some units side by side, outputs stacked, and what they have to explain.
+
+    Of both is left what columns of no unit cannot make up for.
+    """
     rest = samples.active.copy()
     rest[samples.columns.ravel()] = False
-    return np.stack(z, axis=1), (samples.y - samples.x[:, rest] @ samples.weights[rest]).ravel()
+    own = samples.x[:, rest]
+    z = [samples.x[:, samples.columns[u]] @ weights[samples.columns[u]] for u in units]
+    left = [each - own @ np.linalg.lstsq(own, each, rcond=None)[0] for each in (*z, samples.y)]
+    return np.stack([each.ravel() for each in left[:-1]], axis=1), left[-1].ravel()
 
 
 def planted(seed: int, support: list[int]) -> Samples:
     """A target that is made of some units only, whose weights say that all take part."""
     samples = Samples(seed, units=8, rows=300)
     samples.x[:, :-1] = np.random.default_rng(seed).standard_normal((300, 16))
-    z, _ = contributions(samples)
+    z = np.stack([samples.x[:, c] @ samples.weights[c] for c in samples.columns], axis=2)
     noise = np.random.default_rng(seed).standard_normal((300, OUTPUTS))
-    samples.y = z[:, support].sum(axis=1).reshape(300, OUTPUTS) + samples.weights[-1] + 0.05 * noise
+    samples.y = z[:, :, support].sum(axis=2) + samples.weights[-1] + 0.05 * noise
     return samples
 
 
@@ -236,20 +248,26 @@ def test_lasso_recovers_a_planted_selection(support: list[int]) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_lasso_selects_what_scikit_learn_selects_from_samples(seed: int) -> None:
-    one, two = Samples(seed, units=7), Samples(seed + 50, units=7, outputs=2, scale=0.5)
-    stacked = [contributions(s) for s in (one, two)]
-    z = np.concatenate([np.sqrt(s.scale) * part[0] for s, part in zip((one, two), stacked, strict=True)])
-    target = np.concatenate([np.sqrt(s.scale) * part[1] for s, part in zip((one, two), stacked, strict=True)])
-    ranking = lasso([one.problem, two.problem])
-    alphas = lars_path(z, target, method="lasso")[0]
-    seen = set()
-    for alpha in (alphas[:-1] + alphas[1:]) / 2:
-        solver = Lasso(alpha, fit_intercept=False, tol=1e-12, max_iter=200_000).fit(z, target)
-        support = np.flatnonzero(np.abs(solver.coef_) > 1e-9)
-        if len(support) not in seen:  # where the path drops a unit, its first set of that size counts
-            np.testing.assert_array_equal(ranking.kept(len(support)), support)
-        seen.add(len(support))
-    assert seen == set(range(1, 8))
+    both = Samples(seed, units=9), Samples(seed + 50, units=9, outputs=2, scale=0.5)
+    ranking = lasso([s.problem for s in both])
+    left, seen = list(range(9)), set()
+    for fewest in (6, 4, 3, 2, 1):  # a quarter goes at a time, and then weights are fitted again
+        parts = [contributions(s, s.best(left, DAMPING), left) for s in both]
+        z, target = (
+            np.concatenate([np.sqrt(s.scale) * part[k] for s, part in zip(both, parts, strict=True)]) for k in range(2)
+        )
+        alphas = lars_path(z, target, method="lasso")[0]
+        reached = set()
+        for alpha in (alphas[:-1] + alphas[1:]) / 2:
+            solver = Lasso(alpha, fit_intercept=False, tol=1e-12, max_iter=200_000).fit(z, target)
+            support = np.flatnonzero(np.abs(solver.coef_) > 1e-9)
+            width = len(support)
+            if fewest <= width < len(left) and width not in reached:  # where a unit is dropped, the first set counts
+                np.testing.assert_array_equal(ranking.kept(width), np.array(left)[support])
+            reached.add(width)
+        seen |= {width for width in reached if fewest <= width < len(left)}
+        left = ranking.kept(fewest).tolist()
+    assert seen == set(range(1, 9))
 
 
 def test_lasso_takes_off_the_target_what_always_stays() -> None:

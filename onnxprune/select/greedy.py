@@ -14,9 +14,8 @@ import numpy as np
 from scipy.linalg.blas import dgemm
 from scipy.linalg.lapack import dpotrf, dpotri
 
-from onnxprune.select.problem import Problem, Ranking, ordered
+from onnxprune.select.problem import DAMPING, Problem, Ranking, ordered
 
-DAMPING = 1e-4  # of the mean of the Gram matrix' diagonal
 _SHARE = 8  # one in so many columns may be gone before they are left out
 _AT_ONCE = 32  # of so many units that are left, one goes at a time; of a multiple as many more together
 _CANDIDATES = 4  # times as many units as go are looked at for what goes together

@@ -1,23 +1,30 @@
 """Channel selection by LASSO (He et al. 2017, equation 2), from statistics alone.
 
-    min over b of  1/(2N) |Y - sum_i b_i Z_i|^2 + a |b|_1,     Z_i = X_i W_i
+    min over b, W_0 of  1/(2N) |Y - X_0 W_0 - sum_i b_i Z_i|^2 + a |b|_1,     Z_i = X_i W_i
 
 With ``X_i`` the columns of unit i and ``W_i`` its weights, the Gram matrix of the ``Z_i`` needs no samples:
-``<Z_i, Z_j> = <X_i'X_j, W_i W_j'>``, so the problem has as many variables as units. The whole path in ``a`` is followed
-by least-angle regression, which gives a selection for every width at once.
+``<Z_i, Z_j> = <X_i'X_j, W_i W_j'>``, so the problem has as many variables as units. Columns ``X_0`` that are not up for
+selection (the bias, other groups) are fitted again afterwards, so that they are free here, too: what they can make up
+for is no reason to keep a unit. The path in ``a`` is followed by least-angle regression until a quarter of the units is
+gone; then the weights ``W_i`` of the others are fitted again, and the next path begins: the paper's two steps in turns.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 
-from onnxprune.select.problem import Problem, Ranking
+from onnxprune.reconstruct import solve
+from onnxprune.select.problem import DAMPING, Problem, Ranking
+
+_SHARE = 0.25  # of the units that are left, how many go before weights are fitted again
 
 
 def lasso(problems: list[Problem]) -> Ranking:
-    """Rank the units of a group along the LASSO path.
+    """Rank the units of a group along LASSO paths.
 
     Args:
         problems: one per reader; a unit has one coefficient for all of its readers.
@@ -26,42 +33,76 @@ def lasso(problems: list[Problem]) -> Ranking:
         for every width the units whose coefficients are largest at the point of the path where enough are non-zero;
         errors are not computed.
     """
+    units = len(problems[0].columns)
+    free = [_freed(problem) for problem in problems]
+    sets = np.zeros((units + 1, units), bool)
+    sets[units] = True
+    left = np.arange(units)
+    while len(left) > 1:
+        gram, target = np.zeros((len(left), len(left))), np.zeros(len(left))
+        for problem, sums in zip(problems, free, strict=True):
+            one, two = _contracted(problem, sums, left)
+            gram += problem.scale * one
+            target += problem.scale * two
+        fewest = max(len(left) - max(math.ceil(_SHARE * len(left)), 1), 1)
+        for width, chosen in _path(gram, target, range(fewest, len(left))).items():
+            sets[width, left[chosen]] = True
+        left = np.flatnonzero(sets[fewest])
+    return Ranking(sets, np.full(units + 1, np.nan))
+
+
+def _path(gram: np.ndarray, target: np.ndarray, widths: Sequence[int]) -> dict[int, np.ndarray]:
+    """For some widths, which variables the path keeps."""
     from sklearn.exceptions import ConvergenceWarning  # takes as long to import as all the rest
     from sklearn.linear_model import lars_path_gram
 
-    units = len(problems[0].columns)
-    gram, target = np.zeros((units, units)), np.zeros(units)
-    for problem in problems:
-        one, two = _contracted(problem)
-        gram += problem.scale * one
-        target += problem.scale * two
     norms = np.sqrt(np.maximum(np.diag(gram), np.finfo(float).tiny))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # nearly equal channels: the path ends early, which is fine
         _, _, path = lars_path_gram(target, gram, n_samples=1, method="lasso", return_path=True)
     strength = np.abs(path) * norms[:, None]  # what a unit contributes, (units, steps)
     count = (path != 0).sum(axis=0)
-    sets = np.zeros((units + 1, units), bool)
-    for width in range(1, units + 1):
+    found = {}
+    for width in widths:
         reached = np.flatnonzero(count >= width)
         step = int(reached[0]) if len(reached) else path.shape[1] - 1
         # at a tie, and where the path ends early, the stronger units of the original go first
-        best = np.lexsort((-norms, -strength[:, step]))
-        sets[width, best[:width]] = True
-    return Ranking(sets, np.full(units + 1, np.nan))
+        found[width] = np.lexsort((-norms, -strength[:, step]))[:width]
+    return found
 
 
-def _contracted(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Gram matrix of the Z_i and their products with the target."""
-    columns, weights = problem.columns, problem.weights
-    units, width = columns.shape
-    flat = columns.ravel()
-    product = problem.statistics.gram[np.ix_(flat, flat)] * (weights[flat] @ weights[flat].T)
-    gram = product.reshape(units, width, units, width).sum(axis=(1, 3))
-    # what always stays (bias, other groups) is taken off the target: it is not up for selection
-    rest = np.ones(len(weights), bool)
+def _freed(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Gram matrix of the units' columns and their products with the target, the other columns fitted to what is left.
+
+    Those are taken out of both: Schur complements.
+    """
+    gram, flat = problem.statistics.gram, problem.columns.ravel()
+    rest = problem.active.copy()
     rest[flat] = False
-    rest &= problem.active
-    cross = problem.statistics.cross - problem.statistics.gram[:, rest] @ weights[rest]
-    target = np.einsum("ubo,ubo->u", cross[columns], weights[columns])
-    return gram, target
+    among = gram[np.ix_(rest, rest)]
+    among[np.diag_indices_from(among)] += DAMPING * float(np.diag(among).mean()) + np.finfo(float).tiny
+    fitted = np.linalg.solve(among, gram[np.ix_(rest, flat)])
+    own = gram[np.ix_(flat, flat)] - gram[np.ix_(flat, rest)] @ fitted
+    return own, problem.statistics.cross[flat] - fitted.T @ problem.statistics.cross[rest]
+
+
+def _contracted(
+    problem: Problem, free: tuple[np.ndarray, np.ndarray], left: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gram matrix of the Z_i of the units that are left and their products with the target, the weights fitted again.
+
+    Args:
+        problem: of one reader.
+        free: of all units' columns, their Gram matrix and their products with the target.
+        left: the units.
+    """
+    units, width = problem.columns.shape
+    active = problem.active.copy()
+    active[np.delete(problem.columns, left, axis=0).ravel()] = False
+    fitted = solve(problem.statistics, np.flatnonzero(active), problem.weights, DAMPING)
+    weights = fitted[problem.columns[left].ravel()]
+    flat = np.arange(units * width).reshape(units, width)[left].ravel()
+    gram, cross = free
+    product = gram[np.ix_(flat, flat)] * (weights @ weights.T)
+    target = (cross[flat] * weights).sum(axis=1)
+    return product.reshape(len(left), width, len(left), width).sum(axis=(1, 3)), target.reshape(-1, width).sum(axis=1)

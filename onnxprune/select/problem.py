@@ -9,6 +9,8 @@ import numpy as np
 
 from onnxprune.statistics import Statistics
 
+DAMPING = 1e-4  # of the Gram matrix, relative to the mean of its diagonal
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
