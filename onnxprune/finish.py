@@ -18,6 +18,7 @@ from onnxprune.counting import findings
 from onnxprune.cuttable import Cuttable
 from onnxprune.errors import InputError, InternalError, UnreachableTarget
 from onnxprune.files import write_model
+from onnxprune.fitting import Fitting
 from onnxprune.graph import Graph
 from onnxprune.origins import origins
 from onnxprune.pipeline import Chooser
@@ -139,9 +140,10 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
         before_that, counts = counts, goal.counts(chooser)
         if np.array_equal(before_that, counts):
             break
-        plan, pruned, proof = _cut_and_prove(prepared, goal, counts)
-        if timing is None or timing.keeps_promise(pruned, counts):
+        cut = _cut_and_prove(prepared, goal, counts)
+        if timing is None or timing.keeps_promise(cut.model, counts):
             break
+    plan, pruned = cut.plan, cut.model
     warnings = list(prepared.warnings)
     with progress.stage("measure"):
         sessions = [runtime.session(model, spinning=True) for model in (original, pruned)]
@@ -165,7 +167,7 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
         achieved = replace(achieved, latency=entry.measured.ratio)
         warnings += entry.doubts()
     doubts = fidelity.doubts if fidelity is not None else ()
-    warnings += [*runtime.fallen, *chooser.notes, *doubts, *_misses(wanted, achieved, after)]
+    warnings += [*runtime.fallen, *cut.fitting.notes, *doubts, *_misses(wanted, achieved, after)]
     report = Report(
         target=Target(wanted.speedup, wanted.by),
         limits=wanted.most,
@@ -174,14 +176,14 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
         achieved=achieved,
         groups=tuple(
             GroupEntry(
-                g.name, g.units, len(plan.kept[g.name]), g.producers, g.consumers, chooser.errors.get(g.group.index)
+                g.name, g.units, len(plan.kept[g.name]), g.producers, g.consumers, cut.fitting.errors.get(g.group.index)
             )
             for g in analysis.groups
         ),
         frozen=frozen_entries(analysis),
         prunable_macs=analysis.prunable_macs,
         removed=_removed(prepared, plan),
-        proof=proof,
+        proof=cut.proof,
         fidelity=fidelity,
         data=prepared.data,
         seed=settings.seed,
@@ -217,23 +219,26 @@ def _cut(network: Cuttable, counts: np.ndarray) -> onnx.ModelProto:
     return network.flat.closed(rewrite(network.analysis, Plan("", kept), copies=network.flat.copies))
 
 
-def _cut_and_prove(prepared: Prepared, goal: Aim, counts: np.ndarray) -> tuple[Plan, onnx.ModelProto, Proof]:
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """A network that was cut, and is proven to be what it should be."""
+
+    fitting: Fitting
+    plan: Plan
+    model: onnx.ModelProto
+    proof: Proof
+
+
+def _cut_and_prove(prepared: Prepared, goal: Aim, counts: np.ndarray) -> _Cut:
     """Choose units, fit weights, prove the cut, and make the model."""
-    analysis, network, chooser = prepared.analysis, prepared.network, prepared.chooser
-    arrays: Mapping[str, np.ndarray] = {}
-    if prepared.settings.reconstruct:
-        if prepared.kept is not None:
-            arrays = chooser.fit_once(counts)
-        elif goal.timing is not None:  # other widths would have to be timed first
-            arrays = chooser.sweep(counts)
-        else:
-            arrays = chooser.fit(counts, goal.limits, goal.choices)
-    else:
-        chooser.choose(counts)
+    analysis, network = prepared.analysis, prepared.network
+    fitting = _fitted(prepared, goal, counts)
+    # what is cut off anyway need not be zero first
+    arrays = fitting.arrays if prepared.settings.reconstruct else {}
     names = {info.group.index: info.name for info in analysis.groups}
-    kept = {names[g]: tuple(int(i) for i in units) for g, units in sorted(chooser.kept.items())}
+    kept = {names[g]: tuple(int(i) for i in units) for g, units in sorted(fitting.kept.items())}
     plan = Plan(prepared.digest, kept)
-    with chooser.progress.stage("prove"):
+    with prepared.progress.stage("prove"):
         spare = [name for name in network.biases if name not in arrays]
         sliced = rewrite(analysis, plan, copies=network.flat.copies)
         tried = [p.feeds for p in analysis.shapes.probes]
@@ -245,7 +250,19 @@ def _cut_and_prove(prepared: Prepared, goal: Aim, counts: np.ndarray) -> tuple[P
         drop_biases(pruned, spare)
         pruned = network.flat.closed(pruned)
         _check_written(pruned, prepared.original)
-    return plan, pruned, proof
+    return _Cut(fitting, plan, pruned, proof)
+
+
+def _fitted(prepared: Prepared, goal: Aim, counts: np.ndarray) -> Fitting:
+    """Which units stay, and the weights that go with them."""
+    chooser = prepared.chooser
+    if not prepared.settings.reconstruct:
+        return chooser.choose(counts)
+    if prepared.kept is not None:
+        return chooser.fit_once(counts)
+    if goal.timing is not None:  # other widths would have to be timed first
+        return chooser.sweep(counts)
+    return chooser.fit(counts, goal.limits, goal.choices)
 
 
 def _misses(wanted: Wanted, achieved: Achieved, after: Measures) -> list[str]:

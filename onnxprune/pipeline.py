@@ -11,48 +11,31 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnxprune import blas, budget
-from onnxprune.analysis import Analysis, GroupInfo
+from onnxprune.analysis import Analysis
 from onnxprune.answers import Answers
 from onnxprune.batches import LARGEST, PERIOD, Batches, batch_size, enough, rows_bytes, sample_bytes
 from onnxprune.blocks import find_blocks
-from onnxprune.calibrate import Arrays, Folds, Sweep
+from onnxprune.calibrate import Arrays, Sweep
 from onnxprune.cluster import collect_on
 from onnxprune.collecting import collect, in_pieces
-from onnxprune.compact import compact
 from onnxprune.costs import Several
 from onnxprune.data import Calibration
-from onnxprune.descent import fit_block
 from onnxprune.effort import BALANCED, Effort
 from onnxprune.errors import InternalError
-from onnxprune.joint import Network, Part, current, stored_tensors
+from onnxprune.fitting import Fitting
 from onnxprune.journal import Journal
-from onnxprune.layers import Layer
 from onnxprune.memory import Room, frugal, text
-from onnxprune.narrowing import (
-    RIDGE,
-    Narrowing,
-    columns_gone,
-    columns_left,
-    curve,
-    near,
-    removed_weights,
-    silent_weights,
-)
-from onnxprune.parallel import MOST, Map
-from onnxprune.precision import cast
+from onnxprune.narrowing import Narrowing, curve, near
+from onnxprune.parallel import MOST
 from onnxprune.progress import Progress
-from onnxprune.readers import Reader, find_readers, matrices_of
-from onnxprune.reconstruct import DOUBTFUL, Fit, fit, refine
+from onnxprune.readers import Reader, find_readers
 from onnxprune.runtime import Runtime
-from onnxprune.scores import Scored, sharpen
-from onnxprune.select import Problem, Ranking
-from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, scales, unfitted_weights, with_errors
+from onnxprune.select import Ranking
+from onnxprune.selection import problems_of, rank, scales, with_errors
 from onnxprune.sensitivity import Variants, measure
 from onnxprune.shelf import Shelf
 from onnxprune.statistics import Statistics
 from onnxprune.steps import Steps, digest_of
-from onnxprune.surroundings import Samples
-from onnxprune.taking import Taking
 from onnxprune.targets import Limit
 
 _FEW = 1000  # samples
@@ -61,10 +44,7 @@ _FEW_BLOCKS = 2  # times as many positions are looked at where samples are few: 
 
 @dataclass(eq=False)
 class Chooser:
-    """Which units every group keeps, and the weights that go with them.
-
-    ``arrays`` are new values of stored tensors in their original shapes, filled by `sweep`.
-    """
+    """How many units every group keeps, which ones, and the weights that go with them."""
 
     analysis: Analysis
     data: Calibration
@@ -82,9 +62,6 @@ class Chooser:
     readers: tuple[Reader, ...] = ()
     statistics: dict[int, list[Statistics]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
-    kept: dict[int, np.ndarray] = field(default_factory=dict)
-    errors: dict[int, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # for the report
     damage: list[tuple[list[int], list[float]]] | None = None  # per group, kept counts and what they do to the output
     priced: list[np.ndarray] | None = None  # per group, damage for every kept count
     answers: Answers | None = None  # of the original, for the sweeps
@@ -142,15 +119,10 @@ class Chooser:
         """Rank the units of every group on the original network."""
         with self.progress.stage("rank", len(self.analysis.groups)):
             for info in self.analysis.groups:
-                problems = self._problems(info)
+                problems = problems_of(info.group.index, self.readers, self.statistics, {})
                 ranking = rank(self.method, info, problems, self.analysis, self.seed)
                 self.rankings.append(with_errors(ranking, problems))
                 self.progress.advance()
-
-    def _problems(self, info: GroupInfo, statistics: Mapping[int, Sequence[Statistics]] | None = None) -> list[Problem]:
-        gone = {r.index: columns_gone(r, self.kept) for r in self.readers}
-        found = statistics if statistics is not None else self.statistics
-        return problems_of(info.group.index, self.readers, found, gone)
 
     # ------------------------------------------------------------------------------------------------- budget
 
@@ -244,12 +216,11 @@ class Chooser:
 
     # -------------------------------------------------------------------------------------------------- sweep
 
-    def choose(self, counts: np.ndarray) -> None:
-        """Keep these many units, by the ranks on the original network."""
-        for info, count in zip(self.analysis.groups, counts, strict=True):
-            self.kept[info.group.index] = self.rankings[info.group.index].kept(int(count))
+    def choose(self, counts: np.ndarray) -> Fitting:
+        """Keep these many units, by the ranks on the original network; nothing is fitted."""
+        return Fitting(self.analysis, self.readers, self.rankings, counts, self.method, self.seed)
 
-    def fit(self, counts: np.ndarray, limits: Sequence[Limit], choices: Sequence[np.ndarray]) -> Arrays:
+    def fit(self, counts: np.ndarray, limits: Sequence[Limit], choices: Sequence[np.ndarray]) -> Fitting:
         """`sweep`, and once more where the network that comes out says that other widths cost less damage.
 
         What the groups' losses do together is not what each does alone. Of both networks that with less damage is kept.
@@ -259,23 +230,18 @@ class Chooser:
             limits: within which that was.
             choices: per group the kept counts to choose from.
         """
-        arrays = self.sweep(counts)
+        first = self.sweep(counts)
         if not self.effort.again or self.priced is None:
-            return arrays
-        others = self._allocated_again(counts, arrays, limits, choices)
+            return first
+        others = self._allocated_again(first, limits, choices)
         if np.array_equal(others, counts):
-            return arrays
-        first = dict(self.kept), dict(self.errors), list(self.notes)
+            return first
         again = self.sweep(others)
-        if self._is_better(again, arrays):
-            return again
-        self.kept, self.errors, self.notes = first
-        return arrays
+        return again if self._is_better(again.arrays, first.arrays) else first
 
-    def _allocated_again(
-        self, counts: np.ndarray, arrays: Arrays, limits: Sequence[Limit], choices: Sequence[np.ndarray]
-    ) -> np.ndarray:
-        """Kept counts near these, by what they change in the network as it was fitted to these."""
+    def _allocated_again(self, fitting: Fitting, limits: Sequence[Limit], choices: Sequence[np.ndarray]) -> np.ndarray:
+        """Kept counts near those of a fitted network, by what they change in it."""
+        counts = fitting.counts
         around = [near(each, int(count)) for each, count in zip(choices, counts, strict=True)]
         ends = [[int(each[k]) for k in (0, -1) if each[k] != count] for each, count in zip(around, counts, strict=True)]
         step = f"again-{digest_of(counts)}"
@@ -283,7 +249,9 @@ class Chooser:
         if entry is not None:
             moved = entry[0]["moved"]
         else:
-            narrowing = Narrowing(self.analysis, self.readers, self.statistics, self.rankings, dict(self.kept), arrays)
+            narrowing = Narrowing(
+                self.analysis, self.readers, self.statistics, self.rankings, fitting.kept, fitting.arrays
+            )
             variants = [narrowing.variants(g, each, int(counts[g])) for g, each in enumerate(ends)]
             moved = self._measured(narrowing, variants)
             self.journal.put(step, {"moved": moved})
@@ -305,61 +273,29 @@ class Chooser:
             found = measure(self.analysis, given, batches, self.runtime, self.progress, self.room)
         return found[0][0] < found[0][1]
 
-    def sweep(self, counts: np.ndarray) -> Arrays:
-        """Choose and fit from reader to reader; returns new stored tensors in their original shapes.
-
-        May be asked again with other counts: nothing is left of what was chosen before.
-        """
+    def sweep(self, counts: np.ndarray) -> Fitting:
+        """Choose and fit from reader to reader."""
         answers = self.answers
         if answers is None:
             raise InternalError("a sweep outside of `at_work`")
-        silent, arrays = self._start(counts)
-        pending = self._chosen_on_the_way(counts)
-        for group in pending:
-            del self.kept[group]
-        fitted = self._to_be_fitted(counts, arrays)
-        closely = [r for r in fitted if self.effort.together and (not r.columns or self._is_cut(r, counts))]
-        runner = Sweep(self.analysis, fitted, answers, self.runtime, arrays, self.room, closely)
-        steps = Steps(self, counts, pending)
-
-        def fit_reader(
-            reader: Reader, folds: Folds, samples: Sequence[Samples], scored: Sequence[Scored], spread: Map
-        ) -> Arrays:
-            together = [a + b for a, b in folds]
-            for group in [g for g in reader.columns if g in pending]:
-                info = self.analysis.groups[group]
-                ranking = rank(
-                    self.method, info, self._problems(info, {reader.index: together}), self.analysis, self.seed
-                )
-                self.kept[group] = ranking.kept(int(counts[group]))
-            left = columns_left(reader, self.kept)
-            fits = [fit(part, left, weights) for part, weights in zip(folds, reader.weights, strict=True)]
-            few = sum(fold.rows for fold in folds[0]) < DOUBTFUL * len(left)
-            halves: Sequence[Fit] = ()
-            if scored or (samples and few):
-                halves = [fit([fold], left, reader.weights[0], [fits[0].ridge]) for fold in folds[0]]
-            if samples:
-                for side in samples:
-                    side.narrow(left)
-                energy = sum(side.energy for side in samples)
-                whole = all(side.is_whole for side in samples)
-                gram = np.sum([fold.of(left).gram for fold in folds[0]], axis=0) if whole else None
-                fits = [refine(fits[0], samples, energy, left, reader.weights[0], spread, gram, halves)]
-            if scored:
-                fits = [sharpen(fits[0], halves, scored, left, spread)]
-            return self._fitted(reader, fits, silent)
-
+        fitting = self.choose(counts)
+        fitting.choose_on_the_way()
+        fitted = fitting.to_be_fitted()
+        closely = [r for r in fitted if self.effort.together and (not r.columns or fitting.is_cut(r))]
+        runner = Sweep(self.analysis, fitted, answers, self.runtime, fitting.arrays, self.room, closely)
+        steps = Steps(fitting, self.journal)
         if not answers.are_known:  # after a run that was stopped, on a cluster, or with more samples than are fitted to
             with self.progress.stage("calibrate", len(answers.batches.data)):
                 collect(
                     self.analysis, (), answers.batches, self.runtime, self.progress, answers=answers, room=self.room
                 )
         with self.progress.stage("reconstruct", len(fitted)):
-            found = runner.run(steps.reader(fit_reader), steps.block(self._fit_block), self.progress, steps.recall)
+            fitting.arrays = runner.run(steps.reader, steps.block, self.progress, steps.recall)
         if (count := len(self._fitted_to)) < len(self.data):
-            self._say(f"the weights were fitted to {count} of the {len(self.data)} samples: more would change little")
-        self._say_what_was_adapted(answers.batches, runner)
-        return found
+            fitting.say(f"the weights were fitted to {count} of the {len(self.data)} samples: more would change little")
+        if adapted := self._adapted(answers.batches, runner):
+            fitting.say(f"to stay within {text(self.room.limit)} of memory: {', '.join(adapted)}")
+        return fitting
 
     @functools.cached_property
     def _fitted_to(self) -> Calibration:
@@ -367,7 +303,7 @@ class Chooser:
         count = enough(self.analysis, self.readers, self.effort.thinned)
         return self.data if count >= len(self.data) else self.data.split(len(self.data) - count)[0]
 
-    def _say_what_was_adapted(self, batches: Batches, runner: Sweep) -> None:
+    def _adapted(self, batches: Batches, runner: Sweep) -> list[str]:
         """What is done otherwise, for want of memory, than it would be done."""
         done = []
         if self.room.is_short("batch"):
@@ -376,122 +312,17 @@ class Chooser:
             done.append("activations in files")
         if self.room.is_short("block"):
             done.append(f"{text(self.room.block)} of activations for the fit of two layers")
-        if done:
-            self._say(f"to stay within {text(self.room.limit)} of memory: {', '.join(done)}")
+        return done
 
-    def _say(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
-
-    def fit_once(self, counts: np.ndarray) -> Arrays:
-        """Choose, and fit every reader to what it gave in the original, from the statistics alone; as `sweep` does."""
-        silent, arrays = self._start(counts)
-        cut = [r for r in self.readers if r.index in self.statistics and self._is_cut(r, counts)]
+    def fit_once(self, counts: np.ndarray) -> Fitting:
+        """Choose, and fit every reader to what it gave in the original, from the statistics alone."""
+        fitting = self.choose(counts)
+        cut = [r for r in self.readers if r.index in self.statistics and fitting.is_cut(r)]
         with self.progress.stage("reconstruct", len(cut)):
             for reader in cut:
-                left = columns_left(reader, self.kept)
-                parts = zip(self.statistics[reader.index], reader.weights, strict=True)
-                fits = [fit([part], left, weights, [RIDGE]) for part, weights in parts]
-                arrays |= self._fitted(reader, fits, silent)
+                fitting.arrays |= fitting.once(reader, self.statistics[reader.index])
                 self.progress.advance()
-        return arrays
-
-    def _start(self, counts: np.ndarray) -> tuple[dict[str, np.ndarray], Arrays]:
-        """Choose by the ranks on the original; what has to be zero for that, and those tensors."""
-        self.errors.clear()
-        self.notes.clear()
-        self.choose(counts)
-        silent = silent_weights(self.analysis.groups, self.analysis, self.readers, self.kept)
-        return silent, {name: self.analysis.graph.silenced(name, gone) for name, gone in silent.items()}
-
-    def _to_be_fitted(self, counts: np.ndarray, arrays: Arrays) -> list[Reader]:
-        """The readers that lose columns, and all that read what follows from them: it is not what it was any more."""
-        readers = {r.layer.node.index: r for r in self.readers}
-        changed, found = set(arrays), []
-        for node in self.analysis.graph.nodes:
-            reader = readers.get(node.index)
-            drifts = not changed.isdisjoint((*node.inputs, *node.captured))
-            if reader is not None and (drifts or self._is_cut(reader, counts)):
-                found.append(reader)
-                changed.update(node.outputs)
-            elif drifts:
-                changed.update(node.outputs)
-        return found
-
-    def _is_cut(self, reader: Reader, counts: np.ndarray) -> bool:
-        return any(counts[g] < self.analysis.groups[g].units for g in reader.columns)
-
-    def _fitted(self, reader: Reader, fits: Sequence[Fit], silent: Mapping[str, np.ndarray]) -> Arrays:
-        """A reader's fits as stored tensors."""
-        self._note(reader, fits)
-        found = stored_tensors(self.analysis.graph, reader.layer, np.stack([f.weights for f in fits]))
-        found = {name: self.analysis.graph.silenced(name, silent.get(name), w) for name, w in found.items()}
-        if self._fits(found):
-            return found
-        # the old ones stay, with zeros where units went
-        kind = self.analysis.graph.array(reader.layer.weight).dtype
-        self.notes.append(f"the weights fitted for {reader.layer.node.label!r} do not fit into {kind}: not fitted")
-        gone = np.ones((1, reader.width, 1))
-        gone[:, columns_gone(reader, self.kept)] = 0.0
-        return stored_tensors(self.analysis.graph, reader.layer, reader.weights * gone)
-
-    def _fits(self, arrays: Arrays) -> bool:
-        """Whether the model's types can hold the values."""
-        return all(np.isfinite(cast(a, self.analysis.graph.array(n).dtype)).all() for n, a in arrays.items())
-
-    def _fit_block(self, net: Network, taken: Taking, arrays: Arrays) -> Arrays:
-        """Fit a block's layers together; nothing where that does not help on samples held out."""
-        seen, unseen = taken.data()
-        if not len(seen):
-            return {}
-        readers = [(i.layer, i.unfolding) for i in net.block.inner] + [(r.layer, r.unfolding) for r in net.block.outer]
-        parts = [
-            Part(layer, unfolding, current(self.analysis.graph, layer, arrays), self._free(layer))
-            for layer, unfolding in readers
-        ]
-        small = compact(net, parts, seen)
-        if small is None:
-            found = fit_block(net, parts, seen, unseen)
-        else:
-            seen, unseen = small.data(seen), small.data(unseen)
-            found = fit_block(small.net, small.parts, seen, unseen)
-            found = None if found is None else small.whole(parts, found)
-        if found is None:
-            return {}
-        tensors: Arrays = {}
-        for layer, matrices in zip(net.layers, found, strict=True):
-            tensors |= stored_tensors(self.analysis.graph, layer, matrices)
-        return tensors if self._fits(tensors) else {}
-
-    def _free(self, layer: Layer) -> np.ndarray:
-        """Which entries of a layer's matrices belong to units that stay so far."""
-        graph = self.analysis.graph
-        free = {name: np.ones(graph.array(name).shape, bool) for name in (layer.weight, layer.bias) if name}
-        for info in self.analysis.groups:
-            if info.group.index in self.kept:
-                for name, gone in removed_weights(info, self.analysis, self.kept[info.group.index]).items():
-                    if name in free:
-                        free[name] &= ~gone
-        bias = free[layer.bias] if layer.bias else np.zeros(1, bool)
-        found: np.ndarray = matrices_of(layer, free[layer.weight], bias) != 0.0  # a factor may be below zero
-        return found
-
-    def _chosen_on_the_way(self, counts: np.ndarray) -> set[int]:
-        """Groups with one reader, whose units are best chosen when the sweep comes to it."""
-        if self.method not in FROM_ACTIVATIONS:
-            return set()
-        return {
-            info.group.index
-            for info, count in zip(self.analysis.groups, counts, strict=True)
-            if count < info.units
-            and sum(info.group.index in r.columns for r in self.readers) == 1
-            and not unfitted_weights(info, self.analysis, self.readers)
-        }
-
-    def _note(self, reader: Reader, fits: Sequence[Fit]) -> None:
-        error = float(np.mean([f.error for f in fits]))
-        for group in (g for g in reader.columns if len(self.kept[g]) < self.analysis.groups[g].units):
-            self.errors[group] = max(self.errors.get(group, 0.0), error)
+        return fitting
 
 
 def stages(analysis: Analysis) -> list[int]:

@@ -18,7 +18,7 @@ from onnx import TensorProto, numpy_helper
 from test_report import PROMISED
 
 import onnxprune
-from onnxprune import pipeline
+from onnxprune import fitting
 from onnxprune.api import Result, analyze, collect, compare, count_model_macs, prune, prune_family
 from onnxprune.cost import params
 from onnxprune.data import load_calibration
@@ -97,8 +97,8 @@ def test_a_quick_run_fits_every_layer_by_itself(monkeypatch: pytest.MonkeyPatch)
     def never(*_: object) -> None:
         raise AssertionError("called")
 
-    monkeypatch.setattr(pipeline, "fit_block", never)
-    monkeypatch.setattr(pipeline, "refine", never)
+    monkeypatch.setattr(fitting, "fit_block", never)
+    monkeypatch.setattr(fitting, "refine", never)
     result = pruned("digits_resnet", select="greedy", samples=FEW, quick=True)
     assert accuracy(result.model, "digits_resnet") > 0.85
     assert result.report.options["quick"] is True

@@ -10,7 +10,7 @@ import pytest
 from builder import Builder, run
 from onnx import numpy_helper
 
-from onnxprune import pipeline
+from onnxprune import fitting
 from onnxprune.api import Result, prune
 from onnxprune.prepare import prepare
 from onnxprune.progress import Progress
@@ -72,7 +72,7 @@ def test_a_layer_is_not_changed_where_one_of_its_readers_is_not_fitted() -> None
     with chooser.at_work(sweeping=True):
         prepared.gather()
         counts = {"b": 8, "b:input": 6}
-        arrays = chooser.sweep(np.array([counts[info.name] for info in prepared.analysis.groups]))
+        arrays = chooser.sweep(np.array([counts[info.name] for info in prepared.analysis.groups])).arrays
     assert set(stored(network(), "b")) <= set(arrays)
     assert not {*aside, *stored(network(), "a")} & set(arrays)
 
@@ -91,6 +91,6 @@ def test_a_limiter_is_fitted_to_with_doubt_where_rows_are_few(
         given.append(len(rest[-1]))
         return start
 
-    monkeypatch.setattr(pipeline, "refine", noted)
+    monkeypatch.setattr(fitting, "refine", noted)
     prune(network(), data=images(0)[:samples], only="^a$|^b$", speedup=1.5, best_effort=True, threads=1)
     assert given and all(count == (2 if doubted else 0) for count in given)

@@ -20,6 +20,7 @@ from onnxprune import journal as module
 from onnxprune.api import Result, prune_family
 from onnxprune.cli import main
 from onnxprune.files import cache_folder
+from onnxprune.fitting import Fitting
 from onnxprune.journal import Journal
 from onnxprune.pipeline import Chooser
 
@@ -111,9 +112,10 @@ def test_what_was_finished_is_not_done_again(
     first = Journal(tmp_path)
     prune_family(network(), [1.5, 2.5], journal=first, **OPTIONS)
     assert first.count > 10
-    for name in ("collect", "measured_damage", "_fitted"):
+    for name in ("collect", "measured_damage"):
         monkeypatch.delattr(Chooser, name)
-    monkeypatch.delattr("onnxprune.pipeline.fit_block")
+    for name in ("reader", "block"):
+        monkeypatch.delattr(Fitting, name)
     said: list[str] = []
     again = prune_family(network(), [1.5, 2.5], journal=Journal(tmp_path, resume=True, say=said.append), **OPTIONS)
     assert same(again, whole)

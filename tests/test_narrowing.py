@@ -95,8 +95,8 @@ def test_variants_of_a_fitted_network_change_one_group_alone(at_work: tuple[Prep
     chooser = at_work[0].chooser
     analysis, graph = chooser.analysis, chooser.analysis.graph
     counts = np.array([info.units // 2 for info in analysis.groups])
-    arrays = chooser.sweep(counts)
-    kept = dict(chooser.kept)
+    fitting = chooser.sweep(counts)
+    kept, arrays = fitting.kept, fitting.arrays
     narrowing = Narrowing(analysis, chooser.readers, chooser.statistics, chooser.rankings, kept, arrays)
     silenced = 0
     for number, info in enumerate(analysis.groups):
@@ -134,14 +134,14 @@ def test_the_network_that_is_kept_is_whole(
     chooser = prepared.chooser
     monkeypatch.setattr(Chooser, "_is_better", lambda *_: better)
     found = chooser.fit(counts, goal.limits, goal.choices)
-    state = {g: k.tolist() for g, k in chooser.kept.items()}, dict(chooser.errors), list(chooser.notes)
-    widths = np.array([len(chooser.kept[info.group.index]) for info in chooser.analysis.groups])
+    widths = np.array([len(found.kept[info.group.index]) for info in chooser.analysis.groups])
     assert np.array_equal(widths, counts) != better
     assert all(limit.cost.total(widths) <= limit.limit for limit in goal.limits)
     expected = chooser.sweep(widths)
-    assert state == ({g: k.tolist() for g, k in chooser.kept.items()}, chooser.errors, chooser.notes)
-    assert found.keys() == expected.keys()
-    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    assert {g: k.tolist() for g, k in found.kept.items()} == {g: k.tolist() for g, k in expected.kept.items()}
+    assert (found.errors, found.notes) == (expected.errors, expected.notes)
+    assert found.arrays.keys() == expected.arrays.keys()
+    assert all(np.array_equal(found.arrays[name], expected.arrays[name]) for name in found.arrays)
 
 
 def test_of_both_networks_the_nearer_one_is_kept(at_work: tuple[Prepared, Aim, np.ndarray]) -> None:
@@ -149,13 +149,13 @@ def test_of_both_networks_the_nearer_one_is_kept(at_work: tuple[Prepared, Aim, n
     chooser = prepared.chooser
     original = {"y": outputs(chooser, {})}
     first = chooser.sweep(counts)
-    again = chooser.sweep(chooser._allocated_again(counts, first, goal.limits, goal.choices))
-    damage = [deviation(original, {"y": outputs(chooser, arrays)}) for arrays in (first, again)]
+    again = chooser.sweep(chooser._allocated_again(first, goal.limits, goal.choices))
+    damage = [deviation(original, {"y": outputs(chooser, each.arrays)}) for each in (first, again)]
     assert damage[0] != damage[1]
-    assert chooser._is_better(again, first) == (damage[1] < damage[0])
-    assert chooser._is_better(first, again) == (damage[0] < damage[1])
+    assert chooser._is_better(again.arrays, first.arrays) == (damage[1] < damage[0])
+    assert chooser._is_better(first.arrays, again.arrays) == (damage[0] < damage[1])
     found = chooser.fit(counts, goal.limits, goal.choices)
-    assert deviation(original, {"y": outputs(chooser, found)}) == pytest.approx(min(damage), rel=1e-6)
+    assert deviation(original, {"y": outputs(chooser, found.arrays)}) == pytest.approx(min(damage), rel=1e-6)
 
 
 def test_widths_are_measured_once_unless_a_run_is_thorough(
