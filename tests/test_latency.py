@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,8 @@ import onnx
 import pytest
 from builder import RUNTIME, Builder, analysed
 from onnx import numpy_helper
+from timed import DIGITS, US, Pretended, chain, conv_time, known, residual, staircase
 
-from onnxprune import promise
-from onnxprune.analysis import Analysis
 from onnxprune.api import prune
 from onnxprune.budget import allocate
 from onnxprune.chains import COPIES, copies, signature
@@ -22,80 +19,16 @@ from onnxprune.cli import main
 from onnxprune.cost import Ratio, measure_ratio
 from onnxprune.data import InputSpec
 from onnxprune.deployed import deployed_feeds
-from onnxprune.errors import InputError, UnreachableTarget
-from onnxprune.latency import TimeCost, measure_parts, measure_widths, time_cost, timed_choices
+from onnxprune.errors import InputError
+from onnxprune.latency import measure_parts, measure_widths, time_cost
 from onnxprune.parts import parts_of
 from onnxprune.plan import Plan
 from onnxprune.progress import Progress
-from onnxprune.report.text import cost_rows
 from onnxprune.rewrite import rewrite
 from onnxprune.runtime import Runtime
 from onnxprune.staircase import Line, Surface, Surfaces
-from onnxprune.stopwatch import Reading, Stopwatch, at_even_pace, example, robust
-from onnxprune.targets import Limit, Wanted, widths
-
-DIGITS = Path(__file__).parent.parent / "models" / "digits_resnet.onnx"
-US = 1e-6
-
-# relative times of a layer, onnxruntime on a processor with AVX-512, against 128 channels
-CLIFFS = {48: 0.40, 60: 0.51, 63: 0.57, 64: 0.51, 80: 0.67, 96: 0.77, 112: 0.89, 126: 1.0, 127: 1.12, 128: 1.0}
-
-
-def staircase(width: int) -> float:
-    """The table above, for every width."""
-    return CLIFFS[min(w for w in CLIFFS if w >= width)] if width not in CLIFFS else CLIFFS[width]
-
-
-def chain(*channels: int) -> onnx.ModelProto:
-    """Convolutions one behind the other, each with its activation."""
-    g = Builder()
-    x = g.input("x", [1, 3, 6, 6])
-    for k, n in enumerate(channels):
-        x = g.Relu(g.conv(x, n, name=f"conv{k}"))
-    return g.model(g.gemm(g.Flatten(g.GlobalAveragePool(x)), 4))
-
-
-def residual(width: int = 32, inner: int = 64) -> onnx.ModelProto:
-    g = Builder()
-    x = g.Relu(g.conv(g.input("x", [1, 3, 6, 6]), width, name="stem"))
-    for k in range(2):
-        y = g.conv(g.Relu(g.conv(x, inner, name=f"a{k}")), width, name=f"b{k}")
-        x = g.Relu(g.Add(y, x))
-    return g.model(g.gemm(g.Flatten(g.MaxPool(x, kernel_shape=[6, 6])), 4))
-
-
-def conv_time(model: onnx.ModelProto, of: Callable[[int, int], float]) -> float:
-    """A pretended time: what ``of`` says of the output and input width of every 3 x 3 convolution."""
-    shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
-    found = [shapes[node.input[1]] for node in model.graph.node if node.op_type == "Conv"]
-    return sum(of(shape[0], shape[1]) for shape in found if shape[2] == 3)
-
-
-class Pretended:
-    """In place of a stopwatch: times from a function of the model."""
-
-    def once(self, key: str, measure: Callable[[], float]) -> float:
-        return measure()
-
-    def __init__(self, of: Callable[[int, int], float], doubt: float = 0.0) -> None:
-        self.of, self.doubt = of, doubt
-        self.measured = self.remembered = 0
-        self.seen: set[str] = set()
-
-    def times(self, models: Mapping[str, onnx.ModelProto], enough: Mapping[str, float]) -> dict[str, Reading]:
-        assert enough.keys() == models.keys()
-        self.measured += len(set(models) - self.seen)
-        self.seen |= set(models)
-        times = {key: 1 * US + conv_time(model, self.of) for key, model in models.items()}
-        return {key: Reading(seconds, self.doubt * seconds) for key, seconds in times.items()}
-
-
-def known(analysis: Analysis, of: Callable[[int, int], float]) -> tuple[TimeCost, list[np.ndarray]]:
-    """The cost model and the choices that follow from pretended times."""
-    whole = conv_time(analysis.graph.model, of)
-    kinds = measure_parts(analysis, analysis.nominal, Pretended(of), Progress(), whole)  # type: ignore[arg-type]
-    return time_cost(analysis, kinds, whole), timed_choices(kinds, widths(analysis))
-
+from onnxprune.stopwatch import Stopwatch, at_even_pace, example, robust
+from onnxprune.targets import Wanted
 
 # ------------------------------------------------------------------------------------------------------- staircases
 
@@ -449,224 +382,6 @@ def test_widths_between_the_steps_are_no_choice() -> None:
     assert choices[0].tolist() == choices[1].tolist() == [16, 32, 48, 64]
     _, choices = known(analysis, lambda out, inner: inner * 1 * US)
     assert len(choices[0]) > 12
-
-
-# ------------------------------------------------------------------------------------------------------------- promise
-
-
-def pretend(
-    monkeypatch: pytest.MonkeyPatch,
-    table: Callable[[int, int], float],
-    true: Callable[[int, int], float],
-    doubt: float = 0.0,
-) -> None:
-    """Let parts take what ``table`` says, and whole networks what is ``true``, with 50 us for what never shrinks."""
-    monkeypatch.setattr(promise, "Stopwatch", lambda runtime, cache: Pretended(table, doubt))
-
-    def ratio(before: onnx.ModelProto, after: onnx.ModelProto, *_: Any, **__: Any) -> Ratio:
-        first, second = (50 * US + conv_time(model, true) for model in (before, after))
-        return Ratio.of([first / second] * 2, first, 20, "wall")
-
-    monkeypatch.setattr(promise, "measure_ratio", ratio)
-
-
-def blocks(factor: float = 1.0, odd: float = 0.0) -> Callable[[int, int], float]:
-    return lambda out, inner: factor * -(-out // 16) * inner * US + (odd * US if out % 4 else 0)
-
-
-QUICK: dict[str, Any] = {"samples": 40, "threads": 1, "reconstruct": False}
-
-
-@pytest.mark.parametrize(
-    ("speedup", "true"),
-    [(1.3, blocks()), (2.0, blocks(0.6)), (3.0, blocks(1.7)), (2.0, blocks(1.0, 3.0))],
-    ids=["right", "less", "more", "odd"],
-)
-def test_the_promise_is_kept_where_the_table_errs(
-    monkeypatch: pytest.MonkeyPatch, speedup: float, true: Callable[[int, int], float]
-) -> None:
-    pretend(monkeypatch, blocks(), true)
-    report = prune(DIGITS, speedup=speedup, by="latency", **QUICK).report
-    assert report.latency is not None
-    assert report.latency.measured.ratio == pytest.approx(speedup, rel=0.05)
-    assert report.achieved.latency == report.latency.measured.ratio
-    assert cost_rows(report)[-1][3] == f"{report.latency.measured.ratio:.2f}x"  # one ratio, not two
-    assert len(report.latency.stays) == 5
-    assert list(report.latency.stays.values()) == sorted(report.latency.stays.values(), reverse=True)
-    assert not [text for text in report.warnings if "asked for" in text]
-    assert len(report.latency.rounds) <= 9
-    again = type(report).from_json(report.to_json())
-    assert again.latency is not None
-    assert again.latency.table[0].widths == report.latency.table[0].widths
-    assert json.loads(report.to_json())["target"] == {"speedup": speedup, "by": "latency"}
-
-
-def test_steps_in_doubt_are_taken_where_those_beyond_it_lie_too_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    choices: list[list[int]] = []
-    believe = promise.Timing._believe_all
-
-    def noted(self: promise.Timing) -> bool:
-        choices.append([len(c) for c in self.choices])
-        found = believe(self)
-        choices.append([len(c) for c in self.choices])
-        return found
-
-    monkeypatch.setattr(promise.Timing, "_believe_all", noted)
-    pretend(monkeypatch, blocks(), blocks(), doubt=0.3)
-    report = prune(DIGITS, speedup=1.4, by="latency", **QUICK).report
-    assert report.latency is not None
-    assert report.latency.measured.ratio == pytest.approx(1.4, rel=0.05)
-    assert sum(choices[1]) > sum(choices[0])
-
-
-def test_noise_is_not_chased(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measurements that scatter by 3 %, on a table that errs: few rounds, and what is written was seen twice."""
-    for seed in range(2):
-        rng = np.random.default_rng(seed)
-        pretend(monkeypatch, blocks(), blocks(0.7))
-        exact = promise.measure_ratio
-
-        def noisy(*models: Any, _exact: Any = exact, _rng: Any = rng, **options: Any) -> Ratio:
-            found = _exact(*models, **options)
-            starts = np.full(6, found.ratio) * np.exp(0.03 * _rng.standard_normal(6))
-            return Ratio.of(starts.tolist(), found.seconds, 20, "wall")
-
-        monkeypatch.setattr(promise, "measure_ratio", noisy)
-        solved: list[tuple[promise.Timing, np.ndarray]] = []
-        solve = promise.Timing.solve
-
-        def kept(self: promise.Timing, *args: Any, _solve: Any = solve, _solved: Any = solved) -> np.ndarray:
-            _solved.append((self, _solve(self, *args)))
-            return _solved[-1][1]
-
-        with monkeypatch.context() as patched:
-            patched.setattr(promise.Timing, "solve", kept)
-            report = prune(DIGITS, speedup=1.6, by="latency", **QUICK).report
-        assert report.latency is not None
-        assert report.latency.measured.ratio == pytest.approx(1.6, rel=0.05)
-        assert not [text for text in report.warnings if "only known to lie between" in text]
-        assert len(report.latency.rounds) <= 9
-        timing, counts = solved[0]
-        assert timing.tried[counts.tobytes()].looks >= 2
-        plain = [(s.seen, s.low, s.high) for s in report.latency.rounds]
-        assert all(low < seen < high for seen, low, high in plain)
-
-
-def test_a_network_is_measured_again_only_where_that_says_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without noise only the one that is written is seen twice, however far off the table is."""
-    pretend(monkeypatch, blocks(), blocks(1.0, 4.0))
-    looks: list[dict[bytes, promise.Tried]] = []
-    keeps = promise.Timing.keeps_promise
-
-    def note(self: promise.Timing, *args: Any) -> bool:
-        looks.append(self.tried)
-        return keeps(self, *args)
-
-    monkeypatch.setattr(promise.Timing, "keeps_promise", note)
-    prune(DIGITS, speedup=2.0, by="latency", **QUICK)
-    assert sorted(each.looks for each in looks[0].values())[-2:] == [1, 2]
-
-
-def test_an_interval_that_is_too_wide_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, blocks(), blocks())
-    exact = promise.measure_ratio
-
-    def loose(*models: Any, **options: Any) -> Ratio:
-        found = exact(*models, **options)
-        return Ratio.of([0.9 * found.ratio, found.ratio, found.ratio, found.ratio / 0.9], found.seconds, 20, "wall")
-
-    monkeypatch.setattr(promise, "measure_ratio", loose)
-    report = prune(DIGITS, speedup=1.5, by="latency", **QUICK).report
-    assert report.latency is not None
-    assert [text for text in report.warnings if "only known to lie between" in text]
-    assert len(report.latency.rounds) <= 9
-
-
-def test_what_turns_out_too_slow_when_measured_again_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fastest network seemed to be near enough; measured again, it is not."""
-    pretend(monkeypatch, blocks(), blocks())
-    exact, flattered = promise.measure_ratio, [1.15]
-
-    def flattering(before: onnx.ModelProto, after: onnx.ModelProto, *rest: Any, **options: Any) -> Ratio:
-        found = exact(before, after, *rest, **options)
-        factor = 1.0 if before is after or not flattered else flattered.pop()
-        return Ratio.of([factor * found.ratio] * 20, found.seconds, 20, "wall")
-
-    monkeypatch.setattr(promise, "measure_ratio", exact)
-    with pytest.raises(UnreachableTarget) as caught:
-        prune(DIGITS, speedup=500, by="latency", **QUICK)
-    largest = float(str(caught.value).split("for this model is ")[1].split()[0])
-    monkeypatch.setattr(promise, "measure_ratio", flattering)
-    with pytest.raises(UnreachableTarget, match=r"95 % interval"):
-        prune(DIGITS, speedup=1.12 * largest, by="latency", **QUICK)
-    assert not flattered
-
-
-def test_what_cannot_be_reached_is_said_with_the_largest_measured(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pretend(monkeypatch, blocks(), blocks())
-    with pytest.raises(
-        UnreachableTarget, match=r"a speed-up of 500 in latency cannot be reached; the largest"
-    ) as caught:
-        prune(DIGITS, speedup=500, by="latency", **QUICK)
-    assert "% of the time does not follow the widths, most of it at nodes that no width touches" in str(caught.value)
-    out = tmp_path / "out.onnx"
-    arguments = [
-        str(DIGITS),
-        "--speedup",
-        "500",
-        "--by",
-        "latency",
-        "--samples",
-        "40",
-        "--threads",
-        "1",
-        "-o",
-        str(out),
-    ]
-    assert main(arguments) == 3
-    assert not out.exists()
-    capsys.readouterr()
-    assert main([*arguments, "--best-effort"]) == 0
-    printed = capsys.readouterr()
-    assert "asked for 500x the speed, measured" in printed.out
-    assert "warning: asked for 500x in latency" in printed.err
-
-
-def test_what_nothing_makes_faster_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without a channel that may go, two measurements of one network differ by chance, and are not a speed-up."""
-    pretend(monkeypatch, blocks(), blocks())
-    g = Builder()
-    onnx.save(g.model(g.gemm(g.input("x", [1, 16]), 4)), tmp_path / "model.onnx")
-
-    def lucky(*_: Any, **__: Any) -> Ratio:
-        return Ratio.of([0.99, 1.01, 1.02], 1e-4, 20, "wall")
-
-    monkeypatch.setattr(promise, "measure_ratio", lucky)
-    with pytest.raises(UnreachableTarget, match=r"the largest for this model is 1 \(measured") as caught:
-        prune(tmp_path / "model.onnx", speedup=1.5, by="latency", best_effort=True, **QUICK)
-    assert "--best-effort" not in str(caught.value)
-
-
-def test_time_and_parameters_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, blocks(), blocks())
-    report = prune(DIGITS, speedup=1.5, by="latency", max_params=40_000, **QUICK).report
-    assert report.latency is not None
-    assert report.latency.measured.ratio >= 1.5 * 0.95
-    assert report.after.params <= 40_000
-
-
-def test_the_best_of_the_rounds_counts() -> None:
-    analysis = analysed(chain(64, 64, 8))[0]
-    cost, choices = known(analysis, blocks())
-    cost.correct(cost.won(np.array([32, 32, 8])), cost.whole / 1.1)
-    assert cost.whole / cost.total(np.array([32, 32, 8])) == pytest.approx(1.1)
-    fastest = cost.fastest(choices)
-    assert cost.total(fastest) == min(
-        cost.total(np.array([a, b, c])) for a in choices[0] for b in choices[1] for c in choices[2]
-    )
-    assert Limit("latency", cost, 1.0).cost is cost
 
 
 # ----------------------------------------------------------------------------------------------------- deployed sizes

@@ -58,8 +58,8 @@ def test_a_wrong_row_is_caught(name: str) -> None:
 # rows for which the law says nothing: what they give is not a part of what they are given
 NO_LAW = {
     "Constant": "has no input",
-    "Loop": "speaks of what a turn gets and gives, beside the loop; whole loops are cut in test_control_flow",
-    "Scan": "speaks of what a turn gets and gives, beside the loop; whole loops are cut in test_control_flow",
+    "Loop": "speaks of what a turn gets and gives, beside the loop; whole loops are cut in test_loops",
+    "Scan": "speaks of what a turn gets and gives, beside the loop; whole loops are cut in test_loops",
     "Shape": "gives sizes, which change with a cut; the rewrite keeps them right (test_rewrite)",
     "Size": "gives sizes, which change with a cut; the rewrite keeps them right (test_rewrite)",
 }
