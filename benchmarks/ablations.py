@@ -7,7 +7,7 @@ first k channels, those with the largest filters ("max response") and random one
 images that nothing was fitted to, relative to its variance (the paper's figure 4). residual: the whole network at one
 speed-up, with and without the shortcut's error in the target of a branch (section 3.3), and without the joint fits.
 images: the same against the number of calibration images, with and without reconstruction. Writes
-benchmarks/ablations.md and .json.
+benchmarks/ablations.md and .json; tables of other runs stay in them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import datetime
 import json
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,21 @@ def images(case: Case, speedup: float, threads: int, counts: list[int]) -> Itera
     yield f"{case.name} at {speedup:g}x, by calibration images", head, rows
 
 
+def page(tables: Mapping[str, Any]) -> str:
+    """All tables, also those of other runs."""
+    lines = [
+        "# Ablations",
+        "",
+        f"{platform.machine()}, onnxruntime {ort.__version__}. No labels; divergence is the mean Kullback-Leibler"
+        " divergence of the answers from the original's.",
+    ]
+    for title, table in tables.items():
+        lines += ["", f"## {title}", "", table["date"], ""]
+        lines += [f"| {' | '.join(table['head'])} |", "|---" * len(table["head"]) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in table["rows"]]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", default="resnet20", help="resnet20, resnet56, digits_cnn or digits_resnet")
@@ -169,21 +184,14 @@ def main() -> None:
         "residual": lambda: residual(case, args.speedup, args.threads),
         "images": lambda: images(case, args.speedup, args.threads, [int(n) for n in args.images.split(",")]),
     }
-    lines = [
-        "# Ablations",
-        "",
-        f"{datetime.date.today()}, {platform.machine()}, onnxruntime {ort.__version__}. No labels; divergence is the"
-        " mean Kullback-Leibler divergence of the answers from the original's.",
-    ]
-    tables: list[Table] = []
+    file = args.output.with_suffix(".json")
+    tables: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for part in args.parts.split(","):
         for title, head, rows in parts[part]():
-            tables.append((title, head, rows))
-            lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-            lines += [f"| {' | '.join(row)} |" for row in rows]
-            args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
-            args.output.with_suffix(".json").write_text(json.dumps(tables, indent=1))
-            print("\n".join(lines[-len(rows) - 4 :]), flush=True)
+            tables[title] = {"date": str(datetime.date.today()), "head": head, "rows": rows}
+            file.write_text(json.dumps(tables, indent=1))
+            args.output.with_suffix(".md").write_text(page(tables))
+            print(title, *rows, sep="\n", flush=True)
 
 
 if __name__ == "__main__":
