@@ -223,20 +223,18 @@ def table(rows: Mapping[str, list[Cell]]) -> str:
         texts = [f"{np.mean(c.fitted):.4g} ({np.mean(c.silenced):.3g})" if (c := each.get(n)) else "" for n in counts]
         draws = max(len(c.fitted) for c in each.values())
         lines.append(f"| {name} | {max(c.counted for c in each.values()):.2f}x | {draws} | {' | '.join(texts)} |")
-    lines += [
-        "",
-        "## Where the mean error grows with the samples",
-        "",
-        "The interval of 95 % is that of the mean over the draws (Student's t of the differences).",
-        "",
-        "| model | samples | grows by | interval |",
-        "|---|---|---|---|",
-    ]
+    lines += ["", "## Where the mean error grows with the samples", ""]
+    grown = []
     for name, each in sorted(cells.items()):
         for few, more in itertools.pairwise(sorted(each)):
             change = np.subtract(each[more].fitted, each[few].fitted) / np.mean(each[few].fitted)
             if change.mean() > 0.0:
-                lines.append(f"| {name} | {few} to {more} | {change.mean():.1%} | {interval(change)} |")
+                grown.append(f"| {name} | {few} to {more} | {change.mean():.1%} | {interval(change)} |")
+    if grown:
+        lines += ["The interval of 95 % is that of the mean over the draws (Student's t of the differences).", ""]
+        lines += ["| model | samples | grows by | interval |", "|---|---|---|---|", *grown]
+    else:
+        lines.append("Nowhere.")
     return "\n".join(lines) + "\n"
 
 
