@@ -19,7 +19,7 @@ from onnxprune.layers import Layer
 from onnxprune.narrowing import RIDGE, columns_gone, columns_left, removed_weights, silent_weights
 from onnxprune.parallel import Map
 from onnxprune.precision import cast
-from onnxprune.readers import Reader, affected, matrices_of
+from onnxprune.readers import Reader, matrices_of
 from onnxprune.reconstruct import DOUBTFUL, Fit, fit, refine
 from onnxprune.scores import Scored, sharpen
 from onnxprune.select import Ranking
@@ -84,9 +84,17 @@ class Fitting:
 
     def to_be_fitted(self) -> list[Reader]:
         """The readers that lose columns, and all that read what follows from them: it is not what it was any more."""
-        cut = {r.layer.weight for r in self.readers if self.is_cut(r)}
-        reached = affected(self.graph, {*self.arrays, *cut})
-        return [r for r in self.readers if r.layer.node.index in reached]
+        readers = {r.layer.node.index: r for r in self.readers}
+        changed, found = set(self.arrays), []
+        for node in self.graph.nodes:
+            reader = readers.get(node.index)
+            drifts = not changed.isdisjoint((*node.inputs, *node.captured))
+            if reader is not None and (drifts or self.is_cut(reader)):
+                found.append(reader)
+                changed.update(node.outputs)
+            elif drifts:
+                changed.update(node.outputs)
+        return found
 
     def is_cut(self, reader: Reader) -> bool:
         """Whether a reader loses columns."""

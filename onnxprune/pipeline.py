@@ -81,11 +81,10 @@ class Chooser:
             self.first, rest = (part.mirrored(self.mirrors, PERIOD) for part in (self.first, self.pricing))
             whole = self.first.joined(rest) if count else self.first
             self.mirrored, self.data = len(whole) - len(self.data), whole
-        # statistics of all readers of groups, and what is worked out from those of one
-        sums = {r.index: 8 * r.weights.shape[0] * r.width * (r.width + r.weights.shape[2]) for r in self.readers}
-        kept = sum(sums[r.index] for r in self.readers if r.columns)
+        # statistics of all readers, and what is worked out from those of one
+        sums = [8 * r.weights.shape[0] * r.width * (r.width + r.weights.shape[2]) for r in self.readers]
         blocks = _FEW_BLOCKS if few else 1
-        self.room = Room.of(self.memory, kept + 4 * max(sums.values(), default=0), blocks)
+        self.room = Room.of(self.memory, sum(sums) + 4 * max(sums, default=0), blocks)
 
     @contextmanager
     def at_work(self, sweeping: bool) -> Iterator[None]:
@@ -282,7 +281,7 @@ class Chooser:
         fitting = self.choose(counts)
         fitting.choose_on_the_way()
         fitted = fitting.to_be_fitted()
-        closely = [r for r in fitted if self.effort.together and (r.last or fitting.is_cut(r))]
+        closely = [r for r in fitted if self.effort.together and (not r.columns or fitting.is_cut(r))]
         runner = Sweep(self.analysis, fitted, answers, self.runtime, fitting.arrays, self.room, closely)
         steps = Steps(fitting, self.journal)
         if not answers.are_known:  # after a run that was stopped, on a cluster, or with more samples than are fitted to

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnxprune.analysis import Analysis
 from onnxprune.errors import InputError
-from onnxprune.graph import Graph
 from onnxprune.layers import Layer
 from onnxprune.picks import picked
 from onnxprune.statistics import Statistics
@@ -29,7 +28,6 @@ class Reader:
     normalised: bool  # whether a BatchNormalization of its outputs stands right behind
     output_scale: np.ndarray  # (outputs,) what that multiplies by; ones where there is none
     weights: np.ndarray  # (group, p, outputs / group) as they are in the original, the bias in the last row
-    last: bool  # whether no other layer comes behind it
 
     @property
     def width(self) -> int:
@@ -52,10 +50,7 @@ def check_finite(reader: Reader, sums: Iterable[Statistics], network: str) -> No
 
 
 def find_readers(analysis: Analysis) -> tuple[Reader, ...]:
-    """The layers that read a group, and all that read what follows from those, where their weights can be fitted.
-
-    They come in graph order.
-    """
+    """The layers that read a group or feed an output, in graph order, where their weights can be fitted."""
     graph, shapes, other_rows = analysis.graph, analysis.shapes, picked(analysis)
     uses: dict[str, int] = {}
     for node in graph.nodes:
@@ -65,15 +60,13 @@ def find_readers(analysis: Analysis) -> tuple[Reader, ...]:
     for info in analysis.groups:
         for axis in info.group.axes:
             by_axis.setdefault((axis.tensor, axis.axis), []).append((info.group.index, axis.positions))
-    cut = {tensor for tensor, _ in by_axis if not graph.is_stored(tensor)}
-    cut |= {layer.weight for layer in analysis.layers if (layer.weight, layer.weight_axis) in by_axis}
-    touched, ends = affected(graph, cut), _ends(analysis)
+    heads = _heads(analysis)
     readers: list[Reader] = []
     for layer in analysis.layers:
         parts = by_axis.get((layer.weight, layer.weight_axis), [])
         shared = uses[layer.weight] > 1 or (layer.bias and uses[layer.bias] > 1)
         weight_shape = tuple(graph.stored(layer.weight).dims)
-        if shared or columns_of(layer, weight_shape) > MAX_COLUMNS or layer.node.index not in touched:
+        if shared or columns_of(layer, weight_shape) > MAX_COLUMNS or not (parts or layer.node.index in heads):
             continue
         in_shape, out_shape = shapes.shape(layer.data) or (), shapes.shape(layer.output) or ()
         if in_shape[:1] != out_shape[:1] or layer.data in other_rows:
@@ -89,19 +82,8 @@ def find_readers(analysis: Analysis) -> tuple[Reader, ...]:
         weights, scale = _matrices(analysis, layer), _following_scale(analysis, layer)
         normalised, ones = scale is not None, np.ones(weights.shape[0] * weights.shape[2])
         scale = ones if scale is None else scale
-        last = layer.node.index in ends
-        readers.append(Reader(len(readers), layer, unfolding, columns, normalised, scale, weights, last))
+        readers.append(Reader(len(readers), layer, unfolding, columns, normalised, scale, weights))
     return tuple(readers)
-
-
-def affected(graph: Graph, tensors: Collection[str]) -> set[int]:
-    """Nodes that read one of these tensors, and all that read what follows from them."""
-    changed, found = set(tensors), set()
-    for node in graph.nodes:
-        if not changed.isdisjoint((*node.inputs, *node.captured)):
-            changed.update(node.outputs)
-            found.add(node.index)
-    return found
 
 
 def _slots(layer: Layer, weight_shape: tuple[int, ...], positions: np.ndarray) -> np.ndarray | None:
@@ -115,19 +97,19 @@ def _slots(layer: Layer, weight_shape: tuple[int, ...], positions: np.ndarray) -
     return slots[:, :, 0] if (slots == slots[:, :, :1]).all() else None
 
 
-def _ends(analysis: Analysis) -> set[int]:
+def _heads(analysis: Analysis) -> set[int]:
     """Nodes of the last layers before the graph's outputs: no other layer comes after them."""
     graph = analysis.graph
     layers = {layer.node.index for layer in analysis.layers}
     later: set[str] = set()  # tensors behind which another layer comes
-    ends = set()
+    heads = set()
     for node in reversed(graph.nodes):
         before = any(name in later for name in node.outputs)
         if node.index in layers and not before:
-            ends.add(node.index)
+            heads.add(node.index)
         if before or node.index in layers:
             later.update((*node.inputs, *node.captured))
-    return ends
+    return heads
 
 
 def _following_scale(analysis: Analysis, layer: Layer) -> np.ndarray | None:
