@@ -11,20 +11,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxprune.api import Inspection, Result, analyze, collect, prune, prune_family
+    from onnxprune.api import Result, collect, prune, prune_family
     from onnxprune.comparison import Comparison, compare
     from onnxprune.data import Preprocessing
     from onnxprune.errors import InputError, InternalError, OnnxPruneError, UnreachableTarget
     from onnxprune.gathered import Gathered
+    from onnxprune.inspection import Inspection, analyze
     from onnxprune.plan import Plan
     from onnxprune.report import Report
 
 _WHERE = {
     "prune": "api",
     "prune_family": "api",
-    "analyze": "api",
+    "analyze": "inspection",
     "Result": "api",
-    "Inspection": "api",
+    "Inspection": "inspection",
     "collect": "api",
     "Gathered": "gathered",
     "compare": "comparison",

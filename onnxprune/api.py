@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
-from onnxprune.analysis import Analysis
 from onnxprune.comparison import compare
-from onnxprune.costs import CostModel
 from onnxprune.counting import count_model_macs
-from onnxprune.cuttable import cuttable
-from onnxprune.data import Preprocessing, load_calibration
+from onnxprune.data import Preprocessing
 from onnxprune.errors import InputError
 from onnxprune.finish import Result, aim, finish, within_reach
 from onnxprune.gathered import Gathered
-from onnxprune.graph import Graph, model_of
+from onnxprune.inspection import Inspection, analyze
 from onnxprune.journal import Journal
 from onnxprune.prepare import prepare
 from onnxprune.progress import Progress
-from onnxprune.runtime import Runtime
 from onnxprune.settings import Settings
 from onnxprune.targets import Wanted
 from onnxprune.tensors import with_scratch
@@ -40,14 +34,6 @@ __all__ = [
     "prune",
     "prune_family",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class Inspection:
-    """What may be removed from a model, before any data is looked at."""
-
-    analysis: Analysis
-    reachable: float  # the largest speed-up in multiply-accumulates
 
 
 def prune(
@@ -253,29 +239,3 @@ def _family(
         prepared.gather()
         shared = dict(progress.timings)
         return tuple(finish(prepared, goal, shared) for goal in goals)
-
-
-@with_scratch
-def analyze(
-    model: str | Path | onnx.ModelProto,
-    *,
-    data: object = None,
-    only: str | None = None,
-    exclude: str | None = None,
-    approximate: bool = False,
-    threads: int = 0,
-    preprocessing: Preprocessing | None = None,
-) -> Inspection:
-    """Find what may be removed from a model; data only serve to know the sizes of dynamic inputs."""
-    runtime = Runtime("cpu", threads)
-    original = model_of(model)
-    path = None if isinstance(model, onnx.ModelProto) else Path(model)
-    runtime = runtime.suited(original)
-    graph = Graph(original, path.parent if path else None)
-    calibration = None
-    if data is not None:
-        calibration = load_calibration(data, graph.inputs, samples=4, preprocessing=preprocessing or Preprocessing())
-    analysis = cuttable(graph, runtime, calibration, False, only, exclude, approximate=approximate).analysis
-    cost = CostModel(analysis)
-    least = cost.total(np.ones(len(analysis.groups)))
-    return Inspection(analysis, analysis.macs / least if least else float("inf"))

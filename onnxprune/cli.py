@@ -300,11 +300,11 @@ def inspect(
     if as_json and markdown:
         raise click.UsageError("--json and --markdown exclude each other; give one of the two.")
     preprocessing = _take_preprocessing(options)
-    from onnxprune import api
+    from onnxprune.inspection import analyze
     from onnxprune.report import to_json
     from onnxprune.report.overview import overview
 
-    inspection = api.analyze(model, data=data, preprocessing=preprocessing, **options)
+    inspection = analyze(model, data=data, preprocessing=preprocessing, **options)
     found = overview(inspection.analysis, inspection.reachable)
     if as_json:
         click.echo(to_json(found))

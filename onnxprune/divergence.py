@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import entr, log_softmax, softmax
 
 from onnxprune.graph import FLOATS, Graph, Node
@@ -53,6 +52,8 @@ def yardsticks(outputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Yardsti
 
 def _temperature(parts: Sequence[np.ndarray]) -> float:
     """The lowest temperature of at least one at which answers are as uncertain as they have to be, on average."""
+    from scipy.optimize import brentq  # takes as long to import as NumPy
+
     scores = [part[np.isfinite(part).any(axis=1)].astype(np.float64) for part in parts]
     count = sum(map(len, scores))
 

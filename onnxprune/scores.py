@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
-from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from onnxprune.analysis import Analysis
@@ -172,6 +171,8 @@ def _nearer(heat: float, closeness: float, data: Sequence[_Side], origin: np.nda
         origin: (p, K) weights of the least-squares fit.
         now: (p, K) weights to begin with.
     """
+    from scipy.optimize import minimize  # takes as long to import as NumPy
+
     count = sum(len(side.wanted) for side in data)
     gram = sum(side.rows.T @ side.rows for side in data).astype(np.float64) / count
     gram[np.diag_indices_from(gram)] += _DAMPING * float(np.diag(gram).mean()) + np.finfo(np.float32).tiny
