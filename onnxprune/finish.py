@@ -140,10 +140,10 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
         before_that, counts = counts, goal.counts(chooser)
         if np.array_equal(before_that, counts):
             break
-        cut = _cut_and_prove(prepared, goal, counts)
-        if timing is None or timing.keeps_promise(cut.model, counts):
+        made = _cut_and_prove(prepared, goal, counts)
+        if timing is None or timing.keeps_promise(made.model, counts):
             break
-    plan, pruned = cut.plan, cut.model
+    plan, pruned = made.plan, made.model
     warnings = list(prepared.warnings)
     with progress.stage("measure"):
         sessions = [runtime.session(model, spinning=True) for model in (original, pruned)]
@@ -167,7 +167,7 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
         achieved = replace(achieved, latency=entry.measured.ratio)
         warnings += entry.doubts()
     doubts = fidelity.doubts if fidelity is not None else ()
-    warnings += [*runtime.fallen, *cut.fitting.notes, *doubts, *_misses(wanted, achieved, after)]
+    warnings += [*runtime.fallen, *made.notes, *doubts, *_misses(wanted, achieved, after)]
     report = Report(
         target=Target(wanted.speedup, wanted.by),
         limits=wanted.most,
@@ -176,14 +176,14 @@ def finish(prepared: Prepared, goal: Aim, shared: Mapping[str, float]) -> Result
         achieved=achieved,
         groups=tuple(
             GroupEntry(
-                g.name, g.units, len(plan.kept[g.name]), g.producers, g.consumers, cut.fitting.errors.get(g.group.index)
+                g.name, g.units, len(plan.kept[g.name]), g.producers, g.consumers, made.errors.get(g.group.index)
             )
             for g in analysis.groups
         ),
         frozen=frozen_entries(analysis),
         prunable_macs=analysis.prunable_macs,
         removed=_removed(prepared, plan),
-        proof=cut.proof,
+        proof=made.proof,
         fidelity=fidelity,
         data=prepared.data,
         seed=settings.seed,
@@ -220,21 +220,21 @@ def _cut(network: Cuttable, counts: np.ndarray) -> onnx.ModelProto:
 
 
 @dataclass(frozen=True, eq=False)
-class _Cut:
-    """A network that was cut, and is proven to be what it should be."""
+class _Proven:
+    """A network that was cut, and is proven to be what it should be; with what `Fitting` says of it."""
 
-    fitting: Fitting
     plan: Plan
     model: onnx.ModelProto
     proof: Proof
+    errors: Mapping[int, float]
+    notes: Sequence[str]
 
 
-def _cut_and_prove(prepared: Prepared, goal: Aim, counts: np.ndarray) -> _Cut:
+def _cut_and_prove(prepared: Prepared, goal: Aim, counts: np.ndarray) -> _Proven:
     """Choose units, fit weights, prove the cut, and make the model."""
     analysis, network = prepared.analysis, prepared.network
     fitting = _fitted(prepared, goal, counts)
-    # what is cut off anyway need not be zero first
-    arrays = fitting.arrays if prepared.settings.reconstruct else {}
+    arrays = fitting.arrays
     names = {info.group.index: info.name for info in analysis.groups}
     kept = {names[g]: tuple(int(i) for i in units) for g, units in sorted(fitting.kept.items())}
     plan = Plan(prepared.digest, kept)
@@ -250,7 +250,7 @@ def _cut_and_prove(prepared: Prepared, goal: Aim, counts: np.ndarray) -> _Cut:
         drop_biases(pruned, spare)
         pruned = network.flat.closed(pruned)
         _check_written(pruned, prepared.original)
-    return _Cut(fitting, plan, pruned, proof)
+    return _Proven(plan, pruned, proof, fitting.errors, fitting.notes)
 
 
 def _fitted(prepared: Prepared, goal: Aim, counts: np.ndarray) -> Fitting:

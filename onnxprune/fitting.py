@@ -1,7 +1,7 @@
 """What one network is made of: the units that every group keeps, and the weights fitted to them.
 
-A group with a single reader has its units chosen when the sweep comes to that reader, by what the network as pruned so
-far gives it; all others by the ranks on the original.
+In a sweep, a group with a single reader may have its units chosen when that reader comes, by what the network as pruned
+so far gives it; all others go by the ranks on the original.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Fitting:
         kept: per group index, the units that stay.
         errors: per group index, the relative error that the fits of its readers leave.
         notes: for the report.
-        arrays: new values of stored tensors in their original shapes; at first zeros where units went.
+        arrays: new values of stored tensors in their original shapes, once there are some.
         pending: groups whose units are chosen on the way; they are not among the kept ones until then.
     """
 
@@ -65,13 +65,15 @@ class Fitting:
         }
         self.errors: dict[int, float] = {}
         self.notes: list[str] = []
-        self._silent = silent_weights(analysis.groups, analysis, readers, self.kept)
-        self.arrays: Arrays = {name: self.graph.silenced(name, gone) for name, gone in self._silent.items()}
+        self._silent: dict[str, np.ndarray] = {}
+        self.arrays: Arrays = {}
         self.pending: frozenset[int] = frozenset()
 
-    def choose_on_the_way(self) -> None:
-        """Leave the units of groups with one reader open until the sweep comes to it."""
-        if self.method in FROM_ACTIVATIONS:
+    def begin(self, *, sweeping: bool) -> None:
+        """Silence what no fit will; in a sweep, leave the units of groups with one reader open until it comes."""
+        self._silent = silent_weights(self.analysis.groups, self.analysis, self.readers, self.kept)
+        self.arrays = {name: self.graph.silenced(name, gone) for name, gone in self._silent.items()}
+        if sweeping and self.method in FROM_ACTIVATIONS:
             self.pending = frozenset(
                 info.group.index
                 for info, count in zip(self.analysis.groups, self.counts, strict=True)

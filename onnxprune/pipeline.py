@@ -279,7 +279,7 @@ class Chooser:
         if answers is None:
             raise InternalError("a sweep outside of `at_work`")
         fitting = self.choose(counts)
-        fitting.choose_on_the_way()
+        fitting.begin(sweeping=True)
         fitted = fitting.to_be_fitted()
         closely = [r for r in fitted if self.effort.together and (not r.columns or fitting.is_cut(r))]
         runner = Sweep(self.analysis, fitted, answers, self.runtime, fitting.arrays, self.room, closely)
@@ -317,6 +317,7 @@ class Chooser:
     def fit_once(self, counts: np.ndarray) -> Fitting:
         """Choose, and fit every reader to what it gave in the original, from the statistics alone."""
         fitting = self.choose(counts)
+        fitting.begin(sweeping=False)
         cut = [r for r in self.readers if r.index in self.statistics and fitting.is_cut(r)]
         with self.progress.stage("reconstruct", len(cut)):
             for reader in cut:

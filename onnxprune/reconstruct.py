@@ -48,21 +48,19 @@ def solve(statistics: Statistics, kept: np.ndarray, prior: np.ndarray, ridge: fl
         ridge: relative to the mean of the Gram matrix' diagonal.
     """
     found = np.zeros_like(prior, dtype=np.float64)
-    found[kept] = _solve(statistics.of(kept), kept == len(prior) - 1, prior[kept], ridge)
+    found[kept] = shrunk(statistics.of(kept), kept == len(prior) - 1, prior[kept], ridge)
     return found
 
 
-def _solve(statistics: Statistics, bias: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:
-    """The same of the kept columns alone; which of them is the bias."""
+def shrunk(statistics: Statistics, bias: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:
+    """`solve` where all columns are kept; which of them is the bias."""
     if np.isinf(ridge):
         return prior.astype(np.float64)
-    diagonal = np.diag(statistics.gram)
     while True:
-        penalty = np.full(len(prior), ridge * max(float(diagonal.mean()), np.finfo(float).tiny))
-        penalty[bias] = 1e-9 * diagonal[bias]
+        cost = penalty(np.diag(statistics.gram), bias, ridge)
         gram = statistics.gram.copy()
-        gram[np.diag_indices_from(gram)] += penalty
-        right = statistics.cross + penalty[:, None] * prior
+        gram[np.diag_indices_from(gram)] += cost
+        right = statistics.cross + cost[:, None] * prior
         try:
             found: np.ndarray = cho_solve(cho_factor(gram, lower=True, overwrite_a=True, check_finite=False), right)
             return found
@@ -70,6 +68,19 @@ def _solve(statistics: Statistics, bias: np.ndarray, prior: np.ndarray, ridge: f
             if ridge > 1e3:
                 return prior.astype(np.float64)
             ridge = max(10.0 * ridge, 1e-12)
+
+
+def penalty(diagonal: np.ndarray, bias: np.ndarray, ridge: float) -> np.ndarray:
+    """What a fit pays for a step away from the weights as they are, per column: hardly anything for that of the bias.
+
+    Args:
+        diagonal: of the Gram matrix.
+        bias: which of the columns it is.
+        ridge: relative to the mean of the diagonal.
+    """
+    found = np.full(len(diagonal), ridge * max(float(diagonal.mean()), np.finfo(float).tiny))
+    found[bias] = 1e-9 * diagonal[bias]
+    return found
 
 
 def fit(folds: Sequence[Statistics], kept: np.ndarray, prior: np.ndarray, ridges: Sequence[float] = RIDGES) -> Fit:
@@ -91,13 +102,13 @@ def fit(folds: Sequence[Statistics], kept: np.ndarray, prior: np.ndarray, ridges
             seen = 0.0
             for k, held in enumerate(parts):
                 rest = [f for j, f in enumerate(parts) if j != k]
-                seen += held.error(_solve(rest[0], bias, sliced, ridge))
+                seen += held.error(shrunk(rest[0], bias, sliced, ridge))
             if not seen < score:  # held-out error falls and then rises with the ridge
                 break
             best, score = ridge, seen
         if not score + _NOISE * energy < sum(held.error(sliced) for held in parts):
             best = np.inf
-    weights = _solve(total, bias, sliced, best)
+    weights = shrunk(total, bias, sliced, best)
     error, unfitted = total.error(weights), total.error(sliced)
     if unfitted < error:  # never worse than leaving them alone
         weights, error = sliced, unfitted
@@ -176,11 +187,8 @@ def refine(
         return start
     if gram is None:
         gram = functools.reduce(operator.add, spread(functools.partial(_gram, len(kept)), sides))
-    diagonal = np.diag(gram)
     energy = max(energy, np.finfo(float).tiny)
-    bias = kept == len(prior) - 1
-    ridge = np.full(len(kept), max(start.ridge, RIDGES[0]) * max(float(diagonal.mean()), np.finfo(float).tiny))
-    ridge[bias] = 1e-9 * diagonal[bias]
+    ridge = penalty(np.diag(gram), kept == len(prior) - 1, max(start.ridge, RIDGES[0]))
     try:
         factor = cho_factor(gram + np.diag(ridge), lower=True, overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError:

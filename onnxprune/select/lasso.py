@@ -4,9 +4,9 @@
 
 With ``X_i`` the columns of unit i and ``W_i`` its weights, the Gram matrix of the ``Z_i`` needs no samples:
 ``<Z_i, Z_j> = <X_i'X_j, W_i W_j'>``, so the problem has as many variables as units. Columns ``X_0`` that are not up for
-selection (the bias, other groups) are fitted again afterwards, so that they are free here, too: what they can make up
-for is no reason to keep a unit. The path in ``a`` is followed by least-angle regression until a quarter of the units is
-gone; then the weights ``W_i`` of the others are fitted again, and the next path begins: the paper's two steps in turns.
+selection (the bias, other groups) are free: what they can make up for, once they are fitted again, is no reason to keep
+a unit. The path in ``a`` is followed by least-angle regression until a quarter of the units is gone; then the weights
+``W_i`` of the others are fitted again, and the next path begins: the paper's two steps in turns.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxprune.reconstruct import solve
+from onnxprune.reconstruct import penalty, shrunk
 from onnxprune.select.problem import DAMPING, Problem, Ranking
+from onnxprune.statistics import Statistics
 
 _SHARE = 0.25  # of the units that are left, how many go before weights are fitted again
 
@@ -44,7 +45,7 @@ def lasso(problems: list[Problem]) -> Ranking:
             one, two = _contracted(problem, sums, left)
             gram += problem.scale * one
             target += problem.scale * two
-        fewest = max(len(left) - max(math.ceil(_SHARE * len(left)), 1), 1)
+        fewest = len(left) - math.ceil(_SHARE * len(left))
         for width, chosen in _path(gram, target, range(fewest, len(left))).items():
             sets[width, left[chosen]] = True
         left = np.flatnonzero(sets[fewest])
@@ -71,38 +72,33 @@ def _path(gram: np.ndarray, target: np.ndarray, widths: Sequence[int]) -> dict[i
     return found
 
 
-def _freed(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Gram matrix of the units' columns and their products with the target, the other columns fitted to what is left.
-
-    Those are taken out of both: Schur complements.
-    """
-    gram, flat = problem.statistics.gram, problem.columns.ravel()
+def _freed(problem: Problem) -> Statistics:
+    """Sums of the units' columns alone, unit by unit, the other columns fitted to what is left (Schur complements)."""
+    gram, cross, flat = problem.statistics.gram, problem.statistics.cross, problem.columns.ravel()
     rest = problem.active.copy()
     rest[flat] = False
-    among = gram[np.ix_(rest, rest)]
-    among[np.diag_indices_from(among)] += DAMPING * float(np.diag(among).mean()) + np.finfo(float).tiny
-    fitted = np.linalg.solve(among, gram[np.ix_(rest, flat)])
-    own = gram[np.ix_(flat, flat)] - gram[np.ix_(flat, rest)] @ fitted
-    return own, problem.statistics.cross[flat] - fitted.T @ problem.statistics.cross[rest]
+    fixed = np.flatnonzero(rest)
+    among = gram[np.ix_(fixed, fixed)]
+    cost = penalty(np.diag(among), fixed == len(gram) - 1, DAMPING)
+    among[np.diag_indices_from(among)] += cost + np.finfo(float).tiny
+    fitted = np.linalg.solve(among, gram[np.ix_(fixed, flat)])
+    left = cross[flat] - fitted.T @ (cross[fixed] + cost[:, None] * problem.weights[fixed])
+    own = gram[np.ix_(flat, flat)] - gram[np.ix_(flat, fixed)] @ fitted
+    return Statistics(own, left, problem.statistics.energy, problem.statistics.rows)
 
 
-def _contracted(
-    problem: Problem, free: tuple[np.ndarray, np.ndarray], left: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gram matrix of the Z_i of the units that are left and their products with the target, the weights fitted again.
+def _contracted(problem: Problem, free: Statistics, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gram matrix of the Z_i of some units and their products with the target, for weights that are fitted again.
 
     Args:
         problem: of one reader.
-        free: of all units' columns, their Gram matrix and their products with the target.
-        left: the units.
+        free: sums of all units' columns, as `_freed` gives them.
+        units: those that are left.
     """
-    units, width = problem.columns.shape
-    active = problem.active.copy()
-    active[np.delete(problem.columns, left, axis=0).ravel()] = False
-    fitted = solve(problem.statistics, np.flatnonzero(active), problem.weights, DAMPING)
-    weights = fitted[problem.columns[left].ravel()]
-    flat = np.arange(units * width).reshape(units, width)[left].ravel()
-    gram, cross = free
-    product = gram[np.ix_(flat, flat)] * (weights @ weights.T)
-    target = (cross[flat] * weights).sum(axis=1)
-    return product.reshape(len(left), width, len(left), width).sum(axis=(1, 3)), target.reshape(-1, width).sum(axis=1)
+    width = problem.columns.shape[1]
+    sums = free.of(np.arange(problem.columns.size).reshape(-1, width)[units].ravel())
+    prior = problem.weights[problem.columns[units].ravel()]
+    weights = shrunk(sums, np.zeros(len(prior), bool), prior, DAMPING)
+    product = sums.gram * (weights @ weights.T)
+    target = (sums.cross * weights).sum(axis=1)
+    return product.reshape(len(units), width, len(units), width).sum(axis=(1, 3)), target.reshape(-1, width).sum(axis=1)
