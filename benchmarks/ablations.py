@@ -1,4 +1,4 @@
-"""The ablations of He et al. 2017, made again: one command, three tables.
+"""The ablations of He et al. 2017, made again: one command, three kinds of tables.
 
     python benchmarks/ablations.py [--shared ../shared] [--network resnet20] [--parts layer,residual,images]
 
@@ -190,11 +190,10 @@ def page(tables: Mapping[str, Any]) -> str:
     lines = [
         "# Ablations",
         "",
-        f"{platform.machine()}, onnxruntime {ort.__version__}. No labels; divergence is the mean Kullback-Leibler"
-        " divergence of the answers from the original's.",
+        "No labels; divergence is the mean Kullback-Leibler divergence of the answers from the original's.",
     ]
     for title, table in tables.items():
-        lines += ["", f"## {title}", "", table["date"], ""]
+        lines += ["", f"## {title}", "", table["when"], ""]
         lines += [f"| {' | '.join(table['head'])} |", "|---" * len(table["head"]) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in table["rows"]]
     return "\n".join(lines) + "\n"
@@ -218,7 +217,8 @@ def run(args: argparse.Namespace, case: Case) -> None:
     tables: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for part in args.parts.split(","):
         for title, head, rows in parts[part]():
-            tables[title] = {"date": str(datetime.date.today()), "head": head, "rows": rows}
+            when = f"{datetime.date.today()}, {platform.machine()}, onnxruntime {ort.__version__}"
+            tables[title] = {"when": when, "head": head, "rows": rows}
             file.write_text(json.dumps(tables, indent=1))
             args.output.with_suffix(".md").write_text(page(tables))
             print(title, *rows, sep="\n", flush=True)

@@ -34,6 +34,7 @@ import onnxprune
 
 HERE = Path(__file__).parent
 JUDGED = 64  # samples that nothing is fitted to
+FRAMES = 512  # of sound, of which some are drawn: the same ones and more of them, the more are asked for
 SPEEDUP = 2.0
 Feeds = dict[str, np.ndarray]
 MEAN, STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
@@ -110,7 +111,7 @@ def frames(path: Path, count: int, draw: int) -> list[Feeds]:
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     voices = path.stem.startswith("silero")
     rng, found = np.random.default_rng(draw), []
-    while len(found) < JUDGED + count:
+    while len(found) < max(FRAMES, JUDGED + count):
         sound = tones(rng, 8 * 576)
         state = np.zeros((2, 1, 128) if voices else (1, 2, 128, 2), np.float32)
         for part in sound.reshape(8, 576):
