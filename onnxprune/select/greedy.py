@@ -83,7 +83,7 @@ class _Elimination:
         self.scale = problem.scale
         gram = problem.statistics.gram.copy()
         dead = ~problem.active
-        # towards the weights as they are, so that few samples or dead channels change nothing; the bias as well: with it
+        # towards the weights as they are, so that few samples or dead channels change nothing; also the bias: with it
         # free, as in the fits, SqueezeNet, whose activations are large, came out no better at 1.5x and worse at 2x
         ridge = DAMPING * (float(np.mean(np.diag(gram)[problem.active])) or 1.0)
         cross = problem.statistics.cross + ridge * problem.weights
