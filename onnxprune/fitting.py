@@ -91,11 +91,10 @@ class Fitting:
         for node in self.graph.nodes:
             reader = readers.get(node.index)
             drifts = not changed.isdisjoint((*node.inputs, *node.captured))
-            if reader is not None and (drifts or self.is_cut(reader)):
-                found.append(reader)
+            if drifts or (reader is not None and self.is_cut(reader)):
                 changed.update(node.outputs)
-            elif drifts:
-                changed.update(node.outputs)
+                if reader is not None:
+                    found.append(reader)
         return found
 
     def is_cut(self, reader: Reader) -> bool:

@@ -50,8 +50,8 @@ def picture(size=(5, 4), mode="RGB", seed=0) -> Image.Image:
     return Image.fromarray(pixels).convert(mode)
 
 
-def save_tensors(folder: Path, arrays, names=itertools.repeat("")) -> Path:  # noqa: B008 (immutable)
+def save_tensors(folder: Path, arrays, names=()) -> Path:
     folder.mkdir(parents=True)
-    for k, (array, name) in enumerate(zip(arrays, names)):  # noqa: B905 (endless names)
+    for k, (array, name) in enumerate(zip(arrays, itertools.chain(names, itertools.repeat("")), strict=False)):
         (folder / f"input_{k}.pb").write_bytes(onnx.numpy_helper.from_array(array, name).SerializeToString())
     return folder

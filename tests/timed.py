@@ -74,5 +74,5 @@ class Pretended:
 def known(analysis: Analysis, of: Callable[[int, int], float]) -> tuple[TimeCost, list[np.ndarray]]:
     """The cost model and the choices that follow from pretended times."""
     whole = conv_time(analysis.graph.model, of)
-    kinds = measure_parts(analysis, analysis.nominal, Pretended(of), Progress(), whole)  # type: ignore[arg-type]
+    kinds = measure_parts(analysis, analysis.nominal, Pretended(of), Progress(), whole)
     return time_cost(analysis, kinds, whole), timed_choices(kinds, widths(analysis))
