@@ -38,7 +38,7 @@ from onnxprune.prepare import prepare
 from onnxprune.progress import Progress
 from onnxprune.readers import Reader
 from onnxprune.reconstruct import solve
-from onnxprune.select import Problem, Ranking, greedy, lasso, ordered, wanda
+from onnxprune.select import Problem, Ranking, greedy, lasso, ordered, swapped, wanda
 from onnxprune.selection import filter_norms, problems_of
 from onnxprune.settings import Settings
 from onnxprune.surroundings import Behind
@@ -85,7 +85,7 @@ def layers(case: Case, threads: int) -> Iterator[Table]:
         }
         ways: dict[str, Callable[[int], np.ndarray]] = {name: ranking.kept for name, ranking in rankings.items()}
         for name in ("greedy", "LASSO"):
-            ways[f"{name}, then swaps"] = functools.partial(swapped, problems, rankings[name])
+            ways[f"{name}, then swaps"] = functools.partial(exchanged, problems, rankings[name])
         counts = [max(round(share * group.units), 1) for share in SHARES]
         rows = []
         for name, kept in ways.items():
@@ -95,29 +95,9 @@ def layers(case: Case, threads: int) -> Iterator[Table]:
         yield title, ["selection", *(f"{c} of {group.units}" for c in counts)], rows
 
 
-def swapped(problems: list[Problem], ranking: Ranking, count: int) -> np.ndarray:
-    """So many kept units, exchanged one for one for as long as the fitted error falls by it: exact, and slow."""
-    units = np.arange(len(problems[0].columns))
-
-    def best_of(among: np.ndarray) -> tuple[np.ndarray, float]:
-        """Of these units the best to keep, and the error that this leaves."""
-        parts = []
-        for problem in problems:
-            active = problem.active.copy()
-            active[problem.columns[np.setdiff1d(units, among)].ravel()] = False
-            parts.append(replace(problem, columns=problem.columns[among], active=active))
-        found = greedy(parts, floor=count)
-        return among[found.sets[count]], float(found.errors[count])
-
-    kept, least = best_of(ranking.kept(count))
-    improved = True
-    while improved:
-        improved = False
-        for unit in np.setdiff1d(units, kept):
-            other, left = best_of(np.union1d(kept, unit))
-            if left < (1.0 - 1e-3) * least:
-                kept, least, improved = other, left, True
-    return kept
+def exchanged(problems: list[Problem], ranking: Ranking, count: int) -> np.ndarray:
+    """So many units of a ranking, of which some are exchanged for better ones."""
+    return swapped(problems, ranking.kept(count))
 
 
 def error(reader: Reader, group: int, fitted: list[Any], judged: list[Any], kept: np.ndarray) -> float:

@@ -23,6 +23,7 @@ class Effort:
         again: whether widths are measured again in the network that was fitted to the first ones.
         products: multiplications that one look at the samples of such a fit may take in the original's layers; wide
             layers are looked at in fewer positions for it, within reason.
+        swaps: whether units that greedy elimination keeps are exchanged for others where that leaves less of an error.
     """
 
     samples: int
@@ -35,6 +36,7 @@ class Effort:
     together: bool
     again: bool
     products: float = math.inf
+    swaps: bool = False
 
     @property
     def of_few(self) -> Effort:
@@ -52,6 +54,6 @@ class Effort:
 
 
 # few widths say what damage is, with a group's own errors between them; samples are better spent than widths
-THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 2.0, 96, 256, 1000, True, True)
+THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 2.0, 96, 256, 1000, True, True, swaps=True)
 BALANCED = Effort(2500, 4, (0.4, 0.1), 1.5, 96, 256, 1000, True, False, 8e9)
 QUICK = Effort(1000, 4, (0.4, 0.1), 0.5, 24, 64, 0, False, False)

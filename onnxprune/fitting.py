@@ -6,7 +6,7 @@ so far gives it; all others go by the ranks on the original.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from onnxprune.precision import cast
 from onnxprune.readers import Reader, matrices_of
 from onnxprune.reconstruct import DOUBTFUL, Fit, fit, refine
 from onnxprune.scores import Scored, sharpen
-from onnxprune.select import Ranking
+from onnxprune.select import Ranking, swapped
 from onnxprune.selection import FROM_ACTIVATIONS, problems_of, rank, unfitted_weights
 from onnxprune.statistics import Statistics
 from onnxprune.surroundings import Samples
@@ -39,6 +39,7 @@ class Fitting:
         counts: per group, how many units stay.
         method: how units are chosen.
         seed: of what is drawn.
+        swaps: whether units that greedy elimination keeps are exchanged for better ones.
 
     Attributes:
         kept: per group index, the units that stay.
@@ -56,9 +57,11 @@ class Fitting:
         counts: np.ndarray,
         method: str,
         seed: int,
+        swaps: bool = False,
     ) -> None:
         self.analysis, self.graph, self.readers = analysis, analysis.graph, readers
         self.counts, self.method, self.seed = counts, method, seed
+        self.swaps = swaps and method == "greedy"
         self.kept = {
             info.group.index: ranking.kept(int(count))
             for info, ranking, count in zip(analysis.groups, rankings, counts, strict=True)
@@ -69,18 +72,27 @@ class Fitting:
         self.arrays: Arrays = {}
         self.pending: frozenset[int] = frozenset()
 
-    def begin(self, *, sweeping: bool) -> None:
-        """Silence what no fit will; in a sweep, leave the units of groups with one reader open until it comes."""
-        self._silent = silent_weights(self.analysis.groups, self.analysis, self.readers, self.kept)
-        self.arrays = {name: self.graph.silenced(name, gone) for name, gone in self._silent.items()}
+    def begin(self, statistics: Mapping[int, Sequence[Statistics]], *, sweeping: bool) -> None:
+        """Silence what no fit will; in a sweep, leave the units of groups with one reader open until it comes.
+
+        Args:
+            statistics: of the original, per reader index.
+            sweeping: whether the readers will come one by one.
+        """
         if sweeping and self.method in FROM_ACTIVATIONS:
             self.pending = frozenset(
                 info.group.index
-                for info, count in zip(self.analysis.groups, self.counts, strict=True)
-                if count < info.units
+                for info in self.analysis.groups
+                if self._is_narrower(info.group.index)
                 and sum(info.group.index in r.columns for r in self.readers) == 1
                 and not unfitted_weights(info, self.analysis, self.readers)
             )
+        if self.swaps:
+            for group in sorted(self.kept.keys() - self.pending):
+                if self._is_narrower(group) and (problems := problems_of(group, self.readers, statistics, {})):
+                    self.kept[group] = swapped(problems, self.kept[group])
+        self._silent = silent_weights(self.analysis.groups, self.analysis, self.readers, self.kept)
+        self.arrays = {name: self.graph.silenced(name, gone) for name, gone in self._silent.items()}
         for group in self.pending:
             del self.kept[group]
 
@@ -99,7 +111,11 @@ class Fitting:
 
     def is_cut(self, reader: Reader) -> bool:
         """Whether a reader loses columns."""
-        return any(self.counts[g] < self.analysis.groups[g].units for g in reader.columns)
+        return any(map(self._is_narrower, reader.columns))
+
+    def _is_narrower(self, group: int) -> bool:
+        """Whether a group loses units."""
+        return bool(self.counts[group] < self.analysis.groups[group].units)
 
     def say(self, note: str) -> None:
         """Something for the report, said once."""
@@ -114,7 +130,8 @@ class Fitting:
         for group in [g for g in reader.columns if g in self.pending]:
             problems = problems_of(group, [reader], together, {reader.index: columns_gone(reader, self.kept)})
             ranking = rank(self.method, self.analysis.groups[group], problems, self.analysis, self.seed)
-            self.kept[group] = ranking.kept(int(self.counts[group]))
+            units = ranking.kept(int(self.counts[group]))
+            self.kept[group] = swapped(problems, units) if self.swaps else units
         left = columns_left(reader, self.kept)
         fits = [fit(part, left, weights) for part, weights in zip(folds, reader.weights, strict=True)]
         few = sum(fold.rows for fold in folds[0]) < DOUBTFUL * len(left)

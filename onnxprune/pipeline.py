@@ -218,7 +218,8 @@ class Chooser:
 
     def choose(self, counts: np.ndarray) -> Fitting:
         """Keep these many units, by the ranks on the original network; nothing is fitted."""
-        return Fitting(self.analysis, self.readers, self.rankings, counts, self.method, self.seed)
+        swaps = self.effort.swaps
+        return Fitting(self.analysis, self.readers, self.rankings, counts, self.method, self.seed, swaps)
 
     def fit(self, counts: np.ndarray, limits: Sequence[Limit], choices: Sequence[np.ndarray]) -> Fitting:
         """`sweep`, and once more where the network that comes out says that other widths cost less damage.
@@ -279,7 +280,7 @@ class Chooser:
         if answers is None:
             raise InternalError("a sweep outside of `at_work`")
         fitting = self.choose(counts)
-        fitting.begin(sweeping=True)
+        fitting.begin(self.statistics, sweeping=True)
         fitted = fitting.to_be_fitted()
         closely = [r for r in fitted if self.effort.together and (not r.columns or fitting.is_cut(r))]
         runner = Sweep(self.analysis, fitted, answers, self.runtime, fitting.arrays, self.room, closely)
@@ -317,7 +318,7 @@ class Chooser:
     def fit_once(self, counts: np.ndarray) -> Fitting:
         """Choose, and fit every reader to what it gave in the original, from the statistics alone."""
         fitting = self.choose(counts)
-        fitting.begin(sweeping=False)
+        fitting.begin(self.statistics, sweeping=False)
         cut = [r for r in self.readers if r.index in self.statistics and fitting.is_cut(r)]
         with self.progress.stage("reconstruct", len(cut)):
             for reader in cut:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from onnxprune.api import Result, prune
 from onnxprune.prepare import prepare
 from onnxprune.progress import Progress
 from onnxprune.reconstruct import Fit
+from onnxprune.select import Problem
 from onnxprune.settings import Settings
 
 SAMPLES = 400
@@ -50,6 +52,29 @@ def test_what_follows_a_cut_is_fitted_and_what_does_not_is_left_alone(quick: boo
     pairs = {name: (stored(before, name), stored(after, name)) for name in ("a", "c", "head", "aside")}
     changed = {name: not all(np.array_equal(a[k], b[k]) for k in a) for name, (a, b) in pairs.items()}
     assert changed == {"a": False, "c": True, "head": True, "aside": False}
+
+
+@pytest.mark.parametrize(("thorough", "method"), [(True, "greedy"), (True, "lasso"), (False, "greedy")])
+def test_units_are_exchanged_wherever_they_are_chosen(
+    thorough: bool, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of b on the way, as one layer reads it; of a, which two read, by what they read in the original."""
+    asked = []
+
+    def noted(problems: Sequence[Problem], kept: np.ndarray) -> np.ndarray:
+        asked.append(len(problems))
+        return np.arange(len(problems[0].columns))[-len(kept) :]
+
+    monkeypatch.setattr(fitting, "swapped", noted)
+    given = Settings(data=images(0), threads=1, only="^a$|^b$", samplers=False, thorough=thorough, select=method)
+    prepared = prepare(network(), given, Progress())
+    chooser = prepared.chooser
+    with chooser.at_work(sweeping=True):
+        prepared.gather()
+        kept = chooser.sweep(np.array([5, 6])).kept
+    swaps = thorough and method == "greedy"
+    assert sorted(asked) == ([1, 2] if swaps else [])
+    assert [units.tolist() == list(range(8))[-len(units) :] for units in kept.values()] == [swaps, swaps]
 
 
 def test_the_fit_behind_makes_up_for_what_is_missing_in_front() -> None:

@@ -18,7 +18,8 @@ from sklearn.linear_model import Lasso, lars_path
 from onnxprune.analysis import Analysis, GroupInfo
 from onnxprune.errors import InputError
 from onnxprune.reconstruct import solve
-from onnxprune.select import DAMPING, Problem, Ranking, greedy, lasso, ordered, wanda
+from onnxprune.select import DAMPING, Problem, Ranking, greedy, lasso, ordered, swapped, wanda
+from onnxprune.select.swaps import _Kept
 from onnxprune.selection import FROM_ACTIVATIONS, METHODS, rank, with_errors
 from onnxprune.statistics import Statistics, Sums
 
@@ -88,6 +89,11 @@ def damped(samples: list[Samples], kept: np.ndarray) -> float:
 
 def without(kept: np.ndarray, unit: int) -> np.ndarray:
     return kept[kept != unit]
+
+
+def exchanged(kept: np.ndarray, out: int, back: int) -> np.ndarray:
+    """With one unit in another's place."""
+    return np.sort(np.append(without(kept, out), back))
 
 
 # ---------------------------------------------------------------------------------------------------------- greedy
@@ -213,6 +219,45 @@ def test_greedy_with_fewer_rows_than_columns_stays_finite() -> None:
     ranking = greedy([samples.problem])
     assert np.isfinite(ranking.errors).all()
     assert ranking.sets.sum(axis=1).tolist() == list(range(21))
+
+
+# ----------------------------------------------------------------------------------------------------------- swaps
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_what_an_exchange_saves_is_exact(name: str, count: int) -> None:
+    samples = PROBLEMS[name]
+    units = np.arange(len(samples[0].columns))
+    kept, gone = units[:count], units[count:]
+    gains = np.sum([_Kept(s.problem, kept).gains(gone) for s in samples], axis=0)
+    saved = [[damped(samples, kept) - damped(samples, exchanged(kept, out, back)) for out in kept] for back in gone]
+    np.testing.assert_allclose(gains, saved, rtol=1e-7, atol=1e-9 * sum(s.energy for s in samples))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_swaps_end_where_none_gains(name: str, count: int) -> None:
+    samples = PROBLEMS[name]
+    units = np.arange(len(samples[0].columns))
+    worst = max(itertools.combinations(units, count), key=lambda kept: damped(samples, np.array(kept)))
+    kept = swapped([s.problem for s in samples], np.array(worst))
+    assert sorted(set(kept.tolist())) == kept.tolist() and len(kept) == count
+    left = damped(samples, kept)
+    assert left < damped(samples, np.array(worst))
+    others = [exchanged(kept, out, back) for out in kept for back in np.setdiff1d(units, kept)]
+    assert all(damped(samples, other) > 0.998 * left for other in others)
+
+
+@pytest.mark.parametrize("kept", [np.arange(UNITS), np.empty(0, np.int64)], ids=["all", "none"])
+def test_nothing_is_exchanged_where_nothing_can_be(kept: np.ndarray) -> None:
+    np.testing.assert_array_equal(swapped([Samples(0).problem], kept), kept)
+
+
+def test_units_whose_columns_are_gone_are_the_first_to_be_exchanged() -> None:
+    samples = Samples(8)
+    samples.active[samples.columns[[0, 1]].ravel()] = False
+    assert swapped([samples.problem], np.array([0, 1, 2])).tolist() == [2, 3, 4]
 
 
 # ----------------------------------------------------------------------------------------------------------- lasso

@@ -81,16 +81,8 @@ class _Elimination:
     def __init__(self, problem: Problem) -> None:
         self.columns = problem.columns
         self.scale = problem.scale
-        gram = problem.statistics.gram.copy()
-        dead = ~problem.active
-        # towards the weights as they are, so that few samples or dead channels change nothing; also the bias: with it
-        # free, as in the fits, SqueezeNet, whose activations are large, came out no better at 1.5x and worse at 2x
-        ridge = DAMPING * (float(np.mean(np.diag(gram)[problem.active])) or 1.0)
-        cross = problem.statistics.cross + ridge * problem.weights
-        gram[np.diag_indices_from(gram)] += ridge
-        gram[dead, :], gram[:, dead], cross[dead] = 0.0, 0.0, 0.0
-        gram[dead, dead] = 1.0
-        self.inverse = _inverse(gram)
+        gram, cross = damped(problem)
+        self.inverse = inverse_of(gram)
         self.weights = self.inverse @ cross
         self.error = self.scale * problem.statistics.error(self.weights)
         self.place = np.arange(len(gram))  # where a column stands in the matrices
@@ -143,7 +135,23 @@ class _Elimination:
         self.gone = np.zeros(len(stays), bool)
 
 
-def _inverse(gram: np.ndarray) -> np.ndarray:
+def damped(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """The Gram matrix and the products with the target; what may not be used stands apart, with nothing to give.
+
+    Both are drawn towards the weights as they are, so that few samples or dead channels change nothing; also the bias:
+    with it free, as in the fits, SqueezeNet, whose activations are large, came out no better at 1.5x and worse at 2x.
+    """
+    gram = problem.statistics.gram.copy()
+    ridge = DAMPING * (float(np.mean(np.diag(gram)[problem.active])) or 1.0)
+    cross = problem.statistics.cross + ridge * problem.weights
+    gram[np.diag_indices_from(gram)] += ridge
+    dead = ~problem.active
+    gram[dead, :], gram[:, dead], cross[dead] = 0.0, 0.0, 0.0
+    gram[dead, dead] = 1.0
+    return gram, cross
+
+
+def inverse_of(gram: np.ndarray) -> np.ndarray:
     """The inverse of a symmetric matrix that is positive definite, or was but for rounding."""
     factor, failed = dpotrf(gram, lower=True)
     if failed:
