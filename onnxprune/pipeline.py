@@ -103,15 +103,15 @@ class Chooser:
     def collect(self) -> None:
         """Sum up what every reader of a group reads in the original network."""
         chosen = [r for r in self.readers if r.columns]
-        answers = None if self.dask is not None or self._fitted_to is not self.data else self.answers
-        if answers is None:
-            data, batches = self.first, self._batches(self.first, chosen)
+        if self.answers is None or self.dask is not None:
+            used = self.first if self.answers is None else min(self.first, self._fitted_to, key=len)
+            batches = self._batches(used, chosen)
             here = functools.partial(collect, room=self.room)
             run = here if self.dask is None else functools.partial(collect_on, self.dask)
         else:  # what sweeps need comes with it
-            data, batches = self.data, answers.batches
-            run = functools.partial(collect, summed=len(self.first), answers=answers, room=self.room)
-        with self.progress.stage("calibrate", len(data)):
+            batches = self.answers.batches
+            run = functools.partial(collect, summed=len(self.first), answers=self.answers, room=self.room)
+        with self.progress.stage("calibrate", len(batches.data)):
             found = run(self.analysis, chosen, batches, self.runtime, self.progress) if chosen else []
         self.statistics = {r.index: s for r, s in zip(chosen, found, strict=True)}
 
@@ -285,7 +285,7 @@ class Chooser:
         closely = [r for r in fitted if self.effort.together and (not r.columns or fitting.is_cut(r))]
         runner = Sweep(self.analysis, fitted, answers, self.runtime, fitting.arrays, self.room, closely)
         steps = Steps(fitting, self.journal)
-        if not answers.are_known:  # after a run that was stopped, on a cluster, or with more samples than are fitted to
+        if not answers.are_known:  # after a run that was stopped, or on a cluster
             with self.progress.stage("calibrate", len(answers.batches.data)):
                 collect(
                     self.analysis, (), answers.batches, self.runtime, self.progress, answers=answers, room=self.room
@@ -293,7 +293,8 @@ class Chooser:
         with self.progress.stage("reconstruct", len(fitted)):
             fitting.arrays = runner.run(steps.reader, steps.block, self.progress, steps.recall)
         if (count := len(self._fitted_to)) < len(self.data):
-            fitting.say(f"the weights were fitted to {count} of the {len(self.data)} samples: more would change little")
+            used = f"{count} of the {len(self.data)} samples"
+            fitting.say(f"units were chosen and weights fitted by {used}: more would change little")
         if adapted := self._adapted(answers.batches, runner):
             fitting.say(f"to stay within {text(self.room.limit)} of memory: {', '.join(adapted)}")
         return fitting

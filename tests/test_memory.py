@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,11 +13,15 @@ from builder import RUNTIME, Builder, run
 from click.testing import CliRunner
 
 from onnxprune import memory, options, prune
+from onnxprune.analysis import Analysis
+from onnxprune.batches import Batches
 from onnxprune.cli import cli
+from onnxprune.collecting import collect
 from onnxprune.errors import InputError
 from onnxprune.graph import Graph
 from onnxprune.memory import MIB, Room
 from onnxprune.probe import probe
+from onnxprune.readers import Reader
 from onnxprune.runtime import expose, in_slices
 from onnxprune.shelf import Shelf
 
@@ -111,11 +117,24 @@ def test_what_was_adapted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("activations in files" in w and "99MiB" in w for w in found)
 
 
-def test_samples_that_add_nothing_are_left_out_of_the_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dask", "passes"), [(None, [20]), ("local", [20, 20])], ids=["here", "on a cluster"])
+def test_samples_that_add_nothing_are_not_run(
+    dask: str | None, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster only sums are collected; what the fits want to know of the original takes a pass of its own."""
+    seen = []
+
+    def noted(analysis: Analysis, readers: Sequence[Reader], batches: Batches, *rest: Any, **named: Any) -> Any:
+        seen.append(sum(map(len, batches.parts)))
+        return collect(analysis, readers, batches, *rest, **named)
+
     monkeypatch.setattr("onnxprune.batches._ENOUGH_SAMPLES", 20)
     monkeypatch.setattr("onnxprune.batches._ENOUGH_PER_COLUMN", 1)
-    found = prune(residual(), data=DATA, threads=1).report.warnings
-    assert any(w.startswith("the weights were fitted to 20 of the 63 samples") for w in found)
+    monkeypatch.setattr("onnxprune.pipeline.collect", noted)
+    monkeypatch.setattr("onnxprune.pipeline.collect_on", lambda _, *rest: noted(*rest))
+    found = prune(residual(), data=DATA, threads=1, dask=dask).report.warnings
+    assert seen == passes
+    assert any("fitted by 20 of the 63 samples" in w for w in found)
 
 
 @pytest.mark.parametrize(
