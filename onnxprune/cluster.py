@@ -63,8 +63,13 @@ def collect_on(
         warnings.filterwarnings("ignore", "Sending large graph", UserWarning)  # inputs are sent on purpose
         common = client.submit(_held, (analysis, tuple(readers), runtime), pure=False)
         total: Sums | None = None
-        for shards in _rounds(batches, len(client.scheduler_info()["workers"])):
-            futures = [client.submit(_sums, common, batches.loaded(shard), pure=False) for shard in shards]
+        workers = list(client.nthreads()) or [None]  # which may be lost for the moment
+        for shards in _rounds(batches, len(workers)):
+            futures = []
+            for k, shard in enumerate(shards):  # what is added up first is best found on one worker
+                there = workers[k * len(workers) // len(shards)]
+                rule = {"workers": there, "allow_other_workers": there is not None, "pure": False}
+                futures.append(client.submit(_sums, common, batches.loaded(shard), **rule))
             while len(futures) > 1:
                 pairs = [futures[k : k + 2] for k in range(0, len(futures), 2)]
                 futures = [client.submit(_add, *p, pure=False) if len(p) > 1 else p[0] for p in pairs]
@@ -135,6 +140,6 @@ def _client(address: str) -> Iterator[Any]:
             f" ({(str(error).splitlines() or [''])[0][:150]})"
         ) from error
     with client:
-        if not client.scheduler_info()["workers"]:
+        if not client.nthreads():
             raise InputError(f"dask {address}: expected workers, found none; try dask worker {address}")
         yield client
