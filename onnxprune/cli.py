@@ -7,12 +7,8 @@ Exit statuses: 0 done, 1 a fault of onnxprune, 2 the model, the data or the opti
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click_default_group import DefaultGroup
 
-from onnxprune.errors import InputError, InternalError, OnnxPruneError
+from onnxprune.exits import say, status_of, told_to_end
 from onnxprune.options import (
     BUDGETS,
     FILE,
@@ -48,9 +44,6 @@ if TYPE_CHECKING:
     from onnxprune.images import Preprocessing
     from onnxprune.journal import Journal
     from onnxprune.progress import Progress
-
-INTERRUPTED = 130
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a stream that takes no more names no file
 
 _Group: type[click.Group] = DefaultGroup
 
@@ -407,83 +400,13 @@ def _kept_if_stopped(journal: Journal) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if journal.count:
-            _say(f"{journal.count} finished steps are kept: the same command with --resume goes on from there")
+            say(f"{journal.count} finished steps are kept: the same command with --resume goes on from there")
         raise
 
 
 def _warn(warnings: Sequence[str], quiet: bool) -> None:
     for warning in () if quiet else warnings:
-        _say(f"warning: {warning}")
-
-
-# ------------------------------------------------------------------------------------------- the way out
-
-
-def _say(message: str) -> None:
-    """One line on stderr, whatever the message holds."""
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-    click.echo(f"onnxprune: {line}", err=True)
-
-
-def _status(error: BaseException, verbose: bool) -> int:
-    """Say what went wrong in one sentence; the status to exit with."""
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        click.echo(error.format_message(), err=True)
-        return error.exit_code
-    if isinstance(error, click.UsageError):
-        command = error.ctx.command_path if error.ctx else "onnxprune"
-        _say(f"{error.format_message().rstrip('.')} (see {command} --help)")
-        return error.exit_code
-    if isinstance(error, KeyboardInterrupt) or (
-        isinstance(error, click.Abort) and isinstance(error.__cause__, KeyboardInterrupt)
-    ):
-        _say("interrupted")
-        return INTERRUPTED
-    if verbose:
-        import traceback
-
-        traceback.print_exception(error)
-    if isinstance(error, OnnxPruneError) and error.exit_status != InternalError.exit_status:
-        _say(str(error))
-        return error.exit_status
-    if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):  # the machine's, not ours
-        _say(f"{error.filename or 'stdout'} cannot be used: {error.strerror}")
-        _let_go_of_stdout()
-        return InputError.exit_status
-    if isinstance(error, MemoryError):
-        _say(f"there is not enough memory ({error}); try --memory, or fewer --samples".replace(" ()", ""))
-        return InputError.exit_status
-    kind = "" if isinstance(error, OnnxPruneError) else f"{type(error).__name__}: "
-    text = f"{kind}{' '.join(str(error).split())[:300]}".rstrip(": .")
-    please = "" if "report" in text else "; this is a fault of onnxprune: please report it with the model"
-    _say(f"{text}{please}{'' if verbose else ' (--verbose shows where)'}")
-    return InternalError.exit_status
-
-
-def _let_go_of_stdout() -> None:
-    """Where stdout takes no more, have what it holds go nowhere: Python would try again, and exit with 120."""
-    if sys.stdout is None:  # closed from the start
-        return
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
-
-
-@contextlib.contextmanager
-def _told_to_end() -> Iterator[None]:
-    """Being told to end (SIGTERM: a CI job is cancelled) interrupts like Ctrl-C, so that no scratch files are left."""
-    if threading.current_thread() is not threading.main_thread():  # only this one may say what signals do
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        say(f"warning: {warning}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -493,12 +416,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what the terminal's encoding lacks becomes a question mark
     try:
-        with _told_to_end():
+        with told_to_end():
             status = cli.main(given, prog_name="onnxprune", standalone_mode=False)
     except SystemExit as error:  # click's own way out of a closed pipe
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:
-        return _status(error, verbose=bool({"-v", "--verbose"} & set(given)))
+        return status_of(error, verbose=bool({"-v", "--verbose"} & set(given)))
     return status if isinstance(status, int) else 0
 
 

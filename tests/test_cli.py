@@ -17,7 +17,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from onnxprune import api, cli, files, runtime
+from onnxprune import api, exits, files, runtime
 from onnxprune.cli import main
 from onnxprune.errors import InternalError
 from onnxprune.options import PROVIDERS
@@ -525,7 +525,7 @@ def test_a_stdout_that_takes_no_more_is_no_fault(folder, option, unbuffered):
 
 def test_a_full_disk_is_no_fault_where_stdout_is_closed(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    assert cli._status(OSError(errno.ENOSPC, "No space left on device", "model.onnx"), verbose=False) == 2
+    assert exits.status_of(OSError(errno.ENOSPC, "No space left on device", "model.onnx"), verbose=False) == 2
 
 
 @pytest.mark.parametrize("module", ["onnxprune", "onnxprune.cli"])
