@@ -102,9 +102,10 @@ class _Builder:
         sums = f"{statement.op} sums over this axis, and a silenced channel is not zero there"
         mixed = sorted({x for _, bound in occurrences for x in bound.mixed})
         open_sums = {x for _, bound in occurrences for x in bound.summed if not self._is_zero(statement, relation, x)}
+        statistics = frozenset[str]()
         if relation.approximable and self.leave_statistics:
-            if letters := frozenset({*mixed, *open_sums}):
-                self.approximate[index] = letters
+            if statistics := frozenset({*mixed, *open_sums}):
+                self.approximate[index] = statistics
         else:
             statistic = relation.approximable
             whole |= dict.fromkeys(mixed, (Kind.NORMALISED if statistic else Kind.MIXED, mixes))
@@ -115,7 +116,7 @@ class _Builder:
             if bound.letters and set(bound.letters) <= set(whole):
                 self.freeze_statement(statement, *whole[bound.letters[0]], [axis_id])
         lettered = [(a, b.letters) for a, b in occurrences if b.claimed and b.letters]
-        self._relate_letters(statement, relation, lettered, frozenset(whole))
+        self._relate_letters(statement, relation, lettered, frozenset(whole), statistics)
         self._relate_maps(statement, relation)
         self._note_zeros(statement, relation)
 
@@ -191,8 +192,9 @@ class _Builder:
         relation: BoundRelation,
         axes: list[tuple[AxisId, tuple[str, ...]]],
         whole: frozenset[str],
+        statistics: frozenset[str],
     ) -> None:
-        atoms, sizes = _atoms([letters for _, letters in axes], relation.sizes, whole)
+        atoms, sizes = _atoms([letters for _, letters in axes], relation.sizes, (whole, statistics))
         stiff = {name for name in sizes if set(name.split("+")) <= whole}
         placed = [(self.positions.offset[axis], atoms[letters]) for axis, letters in axes]
         conflicts = {frozenset((a, b)) for _, word in placed for a in word for b in word if a != b}
@@ -213,9 +215,13 @@ class _Builder:
 
 
 def _atoms(
-    words: list[tuple[str, ...]], sizes: dict[str, int], whole: frozenset[str]
+    words: list[tuple[str, ...]], sizes: dict[str, int], apart: Sequence[frozenset[str]]
 ) -> tuple[dict[tuple[str, ...], tuple[str, ...]], dict[str, int]]:
-    """Letters that only ever occur side by side, in the same order, become one; those that cannot be cut stay apart."""
+    """Letters that only ever occur side by side, in the same order, become one.
+
+    Some stay apart from all others: those that cannot be cut, and those that a statistic is taken over, which is one
+    for each of the others' positions and of the same channels for all of them.
+    """
     follows: dict[str, set[str | None]] = {}
     precedes: dict[str, set[str | None]] = {}
     for word in words:
@@ -231,7 +237,7 @@ def _atoms(
             run.append(letter)
             after = word[k + 1] if k + 1 < len(word) else None
             beside = after is not None and follows[letter] == {after} and precedes[after] == {letter}
-            if beside and (letter in whole) == (after in whole):
+            if beside and all((letter in each) == (after in each) for each in apart):
                 continue
             name = "+".join(run)
             out.append(name)

@@ -89,7 +89,8 @@ def measure(
     """
     graph = analysis.graph
     # what is known to have a shape: lists of tensors and maps of names are no answers whose changes can be measured
-    outputs = [n for n in graph.outputs if n not in graph.computed_from_constants and analysis.shapes.known(n)]
+    made = graph.producer.keys() - graph.computed_from_constants  # and not handed through from the inputs
+    outputs = [n for n in graph.outputs if n in made and analysis.shapes.known(n)]
     fronts, alone = judged(analysis)
     rows = picked(analysis) if alone else frozenset[str]()
     names = list(dict.fromkeys([*(unsquashed(graph, n) for n in outputs), *fronts]))
@@ -124,7 +125,7 @@ def measure(
                     states[k] = {**passed, **shelf.put(found, samples * sizes[here])}
                 del piece, found
             # the outputs that come before this point are in the frontier only if somebody still reads them
-            later = [n for n in names if n not in graph.producer or segments.place[graph.producer[n].index] >= here]
+            later = [n for n in names if segments.place[graph.producer[n].index] >= here]
             if not set(later).isdisjoint(fronts):  # of other boxes, say, none is a counterpart of another
                 later = [n for n in later if n in fronts or n not in rows]
             suffix = suffixes.piece(here, len(order), later, shelf.get(states[0]), arrays, changed[group])

@@ -220,3 +220,21 @@ def test_channels_that_went_count_as_zeros(op: str) -> None:
     taken = [take(a, False, k, removed) for k, a in enumerate(whole.inputs)]
     got = whole.mended(repair, taken).run()[0] * np.float32(repair.factor)
     np.testing.assert_allclose(got, take(outputs[0], True, 0, removed), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+@pytest.mark.parametrize("groups", [2, 6])
+def test_all_groups_of_channels_lose_the_same_ones(groups: int, opset: int) -> None:
+    """Else what is left of one would be normalised with channels of another: all groups are of one size."""
+    g = Builder(opset=opset)
+    x = g.conv(g.input("x", [2, 3, 6, 6]), WIDTH, name="a")
+    vectors = [g.weight(WIDTH if opset == 21 else groups) for _ in range(2)]
+    wide = g.Relu(g.GroupNormalization(x, *vectors, num_groups=groups))
+    analysis, _ = analysed(g.model(g.Conv(wide, g.weight(4, WIDTH, 1, 1))), approximate=True)
+    each = WIDTH // groups
+    whole, sliced = np.arange(WIDTH).reshape(groups, each), np.arange(WIDTH).reshape(groups, each).T
+    every = [axis for info in analysis.groups for axis in info.group.axes]
+    weight = next(n.inputs[1] for n in analysis.graph.nodes if n.label == "a")
+    axes = [axis for axis in every if (axis.tensor, axis.axis) == (weight, 0)]
+    assert len(axes) == 1
+    assert any(np.array_equal(axes[0].positions, units) for units in (whole, sliced))

@@ -277,3 +277,14 @@ def test_an_output_that_is_a_list_of_tensors_is_no_answer_to_measure() -> None:
     whole, parts = run(result.model, {"x": x})
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
     assert result.report.achieved.macs >= 1.5
+
+
+def test_an_input_that_is_handed_through_is_no_answer_to_measure() -> None:
+    g = Builder()
+    x = g.input("x", ["n", 3, 8, 8])
+    model = g.model(g.conv(g.Relu(g.conv(x, 8)), 4))
+    model.graph.output.append(model.graph.input[0])
+    images = np.random.default_rng(0).standard_normal((20, 3, 8, 8)).astype(np.float32)
+    result = prune(model, data=images, speedup=1.5, threads=1)
+    np.testing.assert_array_equal(run(result.model, {"x": images})[1], images)
+    assert result.report.achieved.macs >= 1.5
