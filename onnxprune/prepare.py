@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -43,6 +43,7 @@ from onnxprune.tensors import digest, size_of
 _SAMPLING = {"macs", "params"}  # costs to which a sampler adds nothing
 _HELD_OUT_SHARE = 0.1
 _FEWEST_TO_SPLIT = 10
+_NAMED = 3  # layers at most in a sentence
 _MOST_HELD_OUT = 500
 _AT_ONCE = 3  # records, where only whether they run is asked
 
@@ -241,7 +242,7 @@ def prepare(
         counted_costs(analysis, costly, network.flat.copies),
         widths(analysis, settings.multiple),
         chooser,
-        tuple(_warnings(analysis, len(network.flat.branches), calibration, settings, kept)),
+        tuple(_warnings(chooser, len(network.flat.branches), calibration, settings, kept)),
         progress,
     )
 
@@ -360,8 +361,9 @@ def _of_one_sample(graph: Graph, feeds: Sequence[Feeds]) -> dict[str, tuple[int,
 
 
 def _warnings(
-    analysis: Analysis, opened: int, calibration: Calibration, settings: Settings, kept: Gathered | None
+    chooser: Chooser, opened: int, calibration: Calibration, settings: Settings, kept: Gathered | None
 ) -> list[str]:
+    analysis = chooser.analysis
     found = list(calibration.warnings if kept is None else kept.about["warnings"])
     if kept is not None:
         if settings.reconstruct:
@@ -394,22 +396,29 @@ def _warnings(
         count = f"{len(calibration)} {what}{'s' if len(calibration) > 1 else ''}"
         found.append(f"only {count}: fidelity is measured on those that the weights were fitted to")
     if settings.reconstruct:
-        found += [*_quantised(analysis), *_picked(analysis)]
+        found += _unfitted(analysis, {reader.layer.node.label for reader in chooser.readers})
     return found
 
 
-def _picked(analysis: Analysis) -> list[str]:
-    """A word on layers behind a ranking or a search, which are cut and not fitted."""
-    rows, readers = picked(analysis), {name for info in analysis.groups for name in info.consumers}
-    count = sum(layer.data in rows and layer.node.label in readers for layer in analysis.layers)
-    said = "what the network itself picks (boxes, tokens of an expert): cut exactly, and not fitted"
-    return [f"{count} layer{'s read' if count > 1 else ' reads'} {said}"] if count else []
-
-
-def _quantised(analysis: Analysis) -> list[str]:
-    """A word on layers whose weights are integers: sliced exactly, and not fitted."""
-    scaled = {name for n in analysis.graph.nodes if n.op == "DequantizeLinear" for name in n.outputs}
-    readers = {name for info in analysis.groups for name in info.consumers}
-    count = len({n.index for n in analysis.graph.nodes if n.label in readers and scaled & set(n.inputs[1:2])})
-    said = "read quantised weights: their channels are taken out exactly, and nothing is fitted again there"
-    return [f"{count} layer{'s' if count > 1 else ''} {said}"] if count else []
+def _unfitted(analysis: Analysis, fitted: Collection[str]) -> list[str]:
+    """A word on layers that read channels which may go, and are not among those that are fitted."""
+    graph, rows = analysis.graph, picked(analysis)
+    reading = {name for info in analysis.groups for name in info.consumers}
+    held = {axis.tensor for info in analysis.groups for axis in info.group.axes}
+    cut = {name for name in held if graph.is_stored(name) or name in graph.computed_from_constants}
+    scaled = {name for n in graph.nodes if n.op == "DequantizeLinear" for name in n.outputs}
+    quantised = reading & {n.label for n in graph.nodes if scaled & set(n.inputs[1:2])}
+    chosen = reading & {layer.node.label for layer in analysis.layers if layer.data in rows}
+    others = reading & {n.label for n in graph.nodes if not cut.isdisjoint((*n.inputs, *n.captured))}
+    others -= quantised | chosen | set(fitted)
+    said = {
+        "with quantised weights": quantised,
+        "on what the network itself picks (boxes, tokens of an expert)": chosen,
+        "of other kinds than can be fitted, in loops, of shared weights, or too wide": others,
+    }
+    return [
+        f"{len(labels)} layer{'s' if len(labels) > 1 else ''} {which}: cut exactly, and not fitted"
+        f" ({', '.join(sorted(labels)[:_NAMED])}{', …' if len(labels) > _NAMED else ''})"
+        for which, labels in said.items()
+        if labels
+    ]

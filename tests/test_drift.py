@@ -119,3 +119,18 @@ def test_a_limiter_is_fitted_to_with_doubt_where_rows_are_few(
     monkeypatch.setattr(fitting, "refine", noted)
     prune(network(), data=images(0)[:samples], only="^a$|^b$", speedup=1.5, best_effort=True, threads=1)
     assert given and all(count == (2 if doubted else 0) for count in given)
+
+
+@pytest.mark.parametrize("op", ["MatMul", "Einsum"])
+def test_layers_that_are_cut_and_cannot_be_fitted_are_named(op: str) -> None:
+    g = Builder()
+    x = g.Relu(g.MatMul(g.input("x", ["n", 5, 12]), g.weight(12, 16)))
+    given = {} if op == "MatMul" else {"equation": "nti,io->nto"}
+    y = g.node(op, x, g.weight(16, 4), name="last", **given)
+    data = np.random.default_rng(0).standard_normal((40, 5, 12)).astype(np.float32)
+    report = prune(g.model(y), data=data, speedup=1.5, threads=1).report
+    said = [w for w in report.warnings if "not fitted" in w]
+    assert [w.startswith("1 layer of other kinds") and w.endswith("not fitted (last)") for w in said] == [True] * (
+        op == "Einsum"
+    )
+    assert [group.error is None for group in report.groups] == [op == "Einsum"]
