@@ -27,7 +27,7 @@ from onnxprune.readers import Reader
 from onnxprune.runtime import Runtime
 from onnxprune.statistics import Statistics
 
-_SHARDS = 2  # per worker and round: few, as each begins with sessions and memory of its own, but more than one
+_SHARDS = 1  # per worker and round, as each begins with sessions and memory of its own
 _SENT = 256 << 20  # bytes of inputs that are on the way at once
 _SECONDS = 30  # to wait for a scheduler
 

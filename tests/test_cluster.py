@@ -105,6 +105,7 @@ def test_a_worker_that_is_killed_midway_changes_nothing(cluster: Any, monkeypatc
             os.kill(killed[0], signal.SIGKILL)
         return loaded(self, which)
 
+    monkeypatch.setattr("onnxprune.cluster._SHARDS", 2)
     monkeypatch.setattr(Batches, "loaded", load)
     assert_same(cluster, case()[2], monkeypatch)
     assert killed and len(asked) > 3
