@@ -66,7 +66,7 @@ def collect_on(
         workers = list(client.nthreads()) or [None]  # which may be lost for the moment
         for shards in _rounds(batches, len(workers)):
             futures = []
-            for k, shard in enumerate(shards):  # what is added up first is best found on one worker
+            for k, shard in enumerate(shards):  # neighbours, which are added up first, on one worker, if there are more
                 there = workers[k * len(workers) // len(shards)]
                 rule = {"workers": there, "allow_other_workers": there is not None, "pure": False}
                 futures.append(client.submit(_sums, common, batches.loaded(shard), **rule))
