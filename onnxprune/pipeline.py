@@ -280,7 +280,8 @@ class Chooser:
         if answers is None:
             raise InternalError("a sweep outside of `at_work`")
         fitting = self.choose(counts)
-        fitting.begin(self.statistics, sweeping=True)
+        with self.progress.stage("rank"):
+            fitting.begin(self.statistics, sweeping=True)
         fitted = fitting.to_be_fitted()
         closely = [r for r in fitted if self.effort.together and (not r.columns or fitting.is_cut(r))]
         runner = Sweep(self.analysis, fitted, answers, self.runtime, fitting.arrays, self.room, closely)
@@ -293,8 +294,7 @@ class Chooser:
         with self.progress.stage("reconstruct", len(fitted)):
             fitting.arrays = runner.run(steps.reader, steps.block, self.progress, steps.recall)
         if (count := len(self._fitted_to)) < len(self.data):
-            used = f"{count} of the {len(self.data)} samples"
-            fitting.say(f"units were chosen and weights fitted by {used}: more would change little")
+            fitting.say(f"sums and fits are of {count} of the {len(self.data)} samples: more would change little")
         if adapted := self._adapted(answers.batches, runner):
             fitting.say(f"to stay within {text(self.room.limit)} of memory: {', '.join(adapted)}")
         return fitting

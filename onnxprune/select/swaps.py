@@ -67,6 +67,7 @@ class _Kept:
         projected = self.inverse @ between
         diagonal = self.inverse[self.kept[:, :, None], self.kept[:, None, :]]  # (k, b, b)
         mine = self.weights[self.kept]  # (k, b, o)
+        squares = mine @ mine.transpose(0, 2, 1)  # (k, b, b): only these are looked at, whatever the number of outputs
         found = np.empty((len(gone), len(self.kept)))
         for k, unit in enumerate(columns):
             part = slice(k * columns.shape[1], (k + 1) * columns.shape[1])
@@ -78,7 +79,8 @@ class _Kept:
             moved = shadow[self.kept]  # (k, b, b')
             turned = both[:, missing.shape[1] :].T.reshape(moved.shape)
             blocks = diagonal + turned @ moved.transpose(0, 2, 1)
-            left = mine - moved @ taken
-            costs = np.einsum("kbo,kbo->k", left, np.linalg.solve(blocks, left))
+            mixed = (mine @ taken.T) @ moved.transpose(0, 2, 1)
+            left = squares - mixed - mixed.transpose(0, 2, 1) + moved @ (taken @ taken.T) @ moved.transpose(0, 2, 1)
+            costs = np.trace(np.linalg.solve(blocks, left), axis1=1, axis2=2)
             found[k] = np.einsum("bo,bo->", missing, taken) - costs
         return self.scale * found
