@@ -207,7 +207,7 @@ def collect(model: str | Path | onnx.ModelProto, *, progress: Progress | None = 
     """
     prepared = prepare(model, Settings(**options), progress or Progress())
     with prepared.chooser.at_work(sweeping=False):
-        prepared.gather()
+        prepared.gather(every=True)
     return prepared.gathered()
 
 

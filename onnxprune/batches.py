@@ -14,7 +14,7 @@ from onnxprune.statistics import FOLDS
 from onnxprune.unfold import out_positions, sample_positions
 
 TARGET_ROWS = 65536  # rows per reader: positions are drawn so that all samples together give about this many
-ROWS_PER_COLUMN = 48  # and at least so many per column of the unfolded input
+ROWS_PER_COLUMN = 32  # and at least so many per column of the unfolded input
 # more samples than these say little that is new (an image's neighbouring positions are much alike)
 _ENOUGH_SAMPLES, _ENOUGH_PER_COLUMN, _ENOUGH_POSITIONS = 4096, 64, 8
 JUDGING = 5  # of so many records one is held out where a block is fitted

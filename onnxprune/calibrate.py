@@ -59,8 +59,8 @@ class Sweep:
         runtime: how to run.
         arrays: stored tensors that are changed from the start.
         room: what all this may take.
-        closely: of the readers, those for which samples are kept: for the fit to what comes out of a limiter behind
-            them, and for that of their blocks.
+        closely: of the readers, those for which samples are kept: for the fit of their blocks, or where they are in
+            none, for that to what comes out of a limiter behind them.
     """
 
     def __init__(
@@ -124,7 +124,8 @@ class Sweep:
                 blocks = [b for b in self.blocks if reader in b.outer]
                 known = recall(reader)
                 if known is None:
-                    kept = rows if reader.index in self.closely else None
+                    # the fit of a block minds the limiter as well
+                    kept = rows if reader.index in self.closely and not blocks else None
                     given = self._folds(reader, behind, shelf, kept, pruned, spread)
                     known = fit(reader, *given, spread)
                     del given  # a block's fit needs the room

@@ -13,8 +13,8 @@ class Effort:
     Attributes:
         samples: of the data, at most.
         thinned: of the positions that sums are made of, one in so many is looked at.
-        levels: kept shares at which a group's loss is measured.
-        passes: all of these measurements cost about as much as so many passes over the data.
+        levels: kept shares at which a group's loss is measured; the last one only where a group gets that narrow.
+        passes: the measurements at all other levels cost about as much as so many passes over the data.
         fewest: samples that they are made on, at least.
         most: at most.
         mirrored: samples up to which their mirror images are looked at as well.
@@ -49,11 +49,11 @@ class Effort:
 
     def damage_samples(self, samples: int, groups: int) -> int:
         """Of so many samples, how many damage is measured on: a measurement runs half of the network, on average."""
-        wanted = int(2 * self.passes * samples) // max(groups * len(self.levels), 1)
+        wanted = int(2 * self.passes * samples) // max(groups * (len(self.levels) - 1), 1)
         return min(max(wanted, self.fewest), self.most, samples // 2)
 
 
 # few widths say what damage is, with a group's own errors between them; samples are better spent than widths
-THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 2.0, 96, 256, 1000, True, True, swaps=True)
-BALANCED = Effort(2500, 4, (0.4, 0.1), 1.5, 96, 256, 1000, True, False, 8e9)
-QUICK = Effort(1000, 4, (0.4, 0.1), 0.5, 24, 64, 0, False, False)
+THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 1.4, 96, 256, 1000, True, True, swaps=True)
+BALANCED = Effort(2500, 4, (0.4, 0.1), 0.75, 64, 256, 1000, True, False, 8e9)
+QUICK = Effort(1000, 4, (0.4, 0.1), 0.25, 24, 64, 0, False, False)

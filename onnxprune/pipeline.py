@@ -18,7 +18,7 @@ from onnxprune.blocks import find_blocks
 from onnxprune.calibrate import Arrays, Sweep
 from onnxprune.cluster import collect_on
 from onnxprune.collecting import collect, in_pieces
-from onnxprune.costs import Several
+from onnxprune.costs import Cost, Several
 from onnxprune.data import Calibration
 from onnxprune.effort import BALANCED, Effort
 from onnxprune.errors import InternalError
@@ -62,8 +62,7 @@ class Chooser:
     readers: tuple[Reader, ...] = ()
     statistics: dict[int, list[Statistics]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
-    damage: list[tuple[list[int], list[float]]] | None = None  # per group, kept counts and what they do to the output
-    priced: list[np.ndarray] | None = None  # per group, damage for every kept count
+    damage: list[dict[int, float]] | None = None  # per group, by kept count what it does to the output
     answers: Answers | None = None  # of the original, for the sweeps
     journal: Journal = field(default_factory=Journal)  # of what is finished
 
@@ -131,16 +130,18 @@ class Chooser:
         """Whether the budget goes by what a narrower group does to the output."""
         return self.method != "slimming" and self.budget == "auto"
 
-    def price(self) -> None:
-        """Find what every width of every group costs in damage to the output, where the budget asks for that."""
+    def price(self, *, every: bool) -> None:
+        """Find what narrower groups do to the output, where the budget asks for that.
+
+        Args:
+            every: at every width that is ever looked at; else not at the narrowest, of which few networks ask for more
+                than a few (see `allocate`).
+        """
         if not self.asks_for_damage:
             return
         if self.damage is None:
-            self.damage = self.measured_damage()
-        self.priced = [
-            budget.interpolate(info.units, *found, ranking.errors)
-            for info, found, ranking in zip(self.analysis.groups, self.damage, self.rankings, strict=True)
-        ]
+            self.damage = [{} for _ in self.analysis.groups]
+            self._look(self._levels if every else [_wider(levels) for levels in self._levels])
 
     def allocate(self, limits: Sequence[Limit], choices: Sequence[np.ndarray]) -> np.ndarray:
         """Kept counts within the limits: by measured damage, or the same share of every group where none was priced.
@@ -155,19 +156,65 @@ class Chooser:
         if self.method == "slimming" and self.budget == "auto":
             scores = [scales(info, self.analysis) for info in self.analysis.groups]
             return budget.global_threshold(scores, together, 1.0, choices)
-        if self.priced is None:
+        if self.damage is None:
             return budget.uniform(units, together, 1.0, choices)
-        return budget.allocate_within(self.priced, costs, most, choices)
+        return self._least_damage(costs, most, choices)
 
-    def measured_damage(self) -> list[tuple[list[int], list[float]]]:
-        """Per group a few kept counts, and the damage to the output at each."""
-        levels = [self._levels(info.units) for info in self.analysis.groups]
+    def _least_damage(self, costs: Sequence[Cost], most: Sequence[float], choices: Sequence[np.ndarray]) -> np.ndarray:
+        """Kept counts of least damage within the limits.
+
+        A group that comes out narrower than any width at which its damage is known has it measured at the narrowest,
+        too. What other networks of a family asked for is not used: each is what it would be alone.
+        """
+        groups, every = self.analysis.groups, self._levels
+        levels = [_wider(each) for each in every]
+        while True:
+            damage = self._look(levels)
+            curves = [
+                budget.interpolate(info.units, counts, [known[count] for count in counts], ranking.errors)
+                for info, counts, known, ranking in zip(groups, levels, damage, self.rankings, strict=True)
+            ]
+            kept = budget.allocate_within(curves, costs, most, choices)
+            narrow = [g for g, count in enumerate(kept) if count < levels[g][0] and levels[g] != every[g]]
+            if not narrow:
+                return kept
+            for g in narrow:
+                levels[g] = every[g]
+
+    @functools.cached_property
+    def _levels(self) -> list[list[int]]:
+        """Per group the kept counts at which damage is measured, or was by those who did it before, ascending."""
+        if self.damage is not None and all(self.damage):
+            return [sorted(known) for known in self.damage]
+        shares = self.effort.levels
+        return [
+            sorted({min(max(round(info.units * share), 1), info.units - 1) for share in shares})
+            for info in self.analysis.groups
+        ]
+
+    def _look(self, levels: Sequence[Sequence[int]]) -> list[dict[int, float]]:
+        """Per group the damage by kept count, at these counts at least: measured as far as it is not known."""
+        damage = self.damage or [{} for _ in levels]
+        missing = [
+            [count for count in counts if count not in known] for counts, known in zip(levels, damage, strict=True)
+        ]
+        if any(missing):
+            step = f"damage-{digest_of(np.array([(g, c) for g, counts in enumerate(missing) for c in counts]))}"
+            entry = self.journal.get(step)
+            found = self.measured_damage(missing) if entry is None else entry[0]["damage"]
+            if entry is None:
+                self.journal.put(step, {"damage": found})
+            damage = [
+                known | dict(zip(counts, each, strict=True))
+                for known, counts, each in zip(damage, missing, found, strict=True)
+            ]
+            self.damage = damage
+        return damage
+
+    def measured_damage(self, counts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Per group what these kept counts do to the output."""
         narrowing = Narrowing(self.analysis, self.readers, self.statistics, self.rankings)
-        damage = self._measured(narrowing, [narrowing.variants(g, counts) for g, counts in enumerate(levels)])
-        return list(zip(levels, damage, strict=True))
-
-    def _levels(self, units: int) -> list[int]:
-        return sorted({min(max(round(units * share), 1), units - 1) for share in self.effort.levels})
+        return self._measured(narrowing, [narrowing.variants(g, each) for g, each in enumerate(counts)])
 
     def _measured(self, narrowing: Narrowing, variants: Sequence[Variants]) -> list[list[float]]:
         """What every one of a group's variants does to the output."""
@@ -232,7 +279,7 @@ class Chooser:
             choices: per group the kept counts to choose from.
         """
         first = self.sweep(counts)
-        if not self.effort.again or self.priced is None:
+        if not self.effort.again or self.damage is None:
             return first
         others = self._allocated_again(first, limits, choices)
         if np.array_equal(others, counts):
@@ -326,6 +373,11 @@ class Chooser:
                 fitting.arrays |= fitting.once(reader, self.statistics[reader.index])
                 self.progress.advance()
         return fitting
+
+
+def _wider(levels: list[int]) -> list[int]:
+    """All levels but the narrowest, unless there is one only."""
+    return levels[1:] or levels
 
 
 def stages(analysis: Analysis) -> list[int]:

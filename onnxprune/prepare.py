@@ -109,8 +109,11 @@ class Prepared:
         journal.begin(self.digest, speedups, options, self.runtime.thread_count, versions())
         self.chooser.journal = journal
 
-    def gather(self) -> None:
+    def gather(self, *, every: bool = False) -> None:
         """Collect, rank and price, all that costs passes over the data; or take it from a file.
+
+        Args:
+            every: measure damage at every width that is ever looked at, as those need it who have no data.
 
         Raises:
             InputError: the file does not hold what is asked for.
@@ -120,12 +123,13 @@ class Prepared:
             where = f"statistics {settings.stats}"
             chooser.statistics = self.kept.statistics(chooser.readers, where)
             if chooser.asks_for_damage:
-                chooser.damage = self.kept.prices(self.analysis.groups, settings.select, where, self.network.biases)
+                prices = self.kept.prices(self.analysis.groups, settings.select, where, self.network.biases)
+                chooser.damage = [dict(zip(*each, strict=True)) for each in prices]
         elif settings.measured:
             self._collect()
         chooser.rank()
         if settings.measured:
-            self._price()
+            chooser.price(every=every)
 
     def _collect(self) -> None:
         """Collect, unless a run that was stopped did."""
@@ -138,16 +142,6 @@ class Prepared:
         chooser.collect()
         if chooser.journal.is_open:
             chooser.journal.put("statistics", *self.gathered().pack(exact=True))
-
-    def _price(self) -> None:
-        """The same of the damage."""
-        chooser = self.chooser
-        entry = chooser.journal.get("damage")
-        if entry is not None:
-            chooser.damage = [(levels, found) for levels, found in entry[0]["damage"]]
-        chooser.price()
-        if chooser.damage is not None and entry is None:
-            chooser.journal.put("damage", {"damage": chooser.damage})
 
     def gathered(self) -> Gathered:
         """What was collected, to keep."""
@@ -168,7 +162,7 @@ class Prepared:
             chooser.readers,
             chooser.statistics,
             self.analysis.groups,
-            chooser.damage or [],
+            [(sorted(known), [known[c] for c in sorted(known)]) for known in chooser.damage or []],
             about,
             self.network.biases,
         )

@@ -7,6 +7,7 @@ run from there on a small part of the data (`divergence` says how outputs are co
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from onnxprune.calibrate import Arrays
 from onnxprune.divergence import Yardstick, deviation, unsquashed, yardsticks
 from onnxprune.graph import Graph
 from onnxprune.memory import Room
-from onnxprune.parallel import workers
+from onnxprune.parallel import MOST, workers
 from onnxprune.picks import judged, picked
 from onnxprune.precision import cast
 from onnxprune.progress import Progress
@@ -49,17 +50,20 @@ class Variants:
 
 
 def _moved(
-    graph: Graph,
-    variants: Variants,
     suffix: Piece,
     states: Sequence[Mapping[str, np.ndarray]],
     wanted: Sequence[Mapping[str, np.ndarray]],
     compared: Mapping[str, Yardstick],
-    number: int,
+    arrays: Arrays,
+    batch: int,
 ) -> float:
-    """What one of the variants does to the output, summed over all samples."""
-    arrays = _in_types(graph, variants.made(number))
-    return sum(deviation(w, suffix.run(s, arrays), compared) for s, w in zip(states, wanted, strict=True))
+    """What a variant does to the output, summed over the samples of a batch."""
+    return deviation(wanted[batch], suffix.run(states[batch], arrays), compared)
+
+
+def _made(graph: Graph, variants: Variants, number: int) -> Arrays:
+    """The values of one of the variants, as the model has them."""
+    return _in_types(graph, variants.made(number))
 
 
 def _in_types(graph: Graph, variant: Variant) -> Arrays:
@@ -98,13 +102,14 @@ def measure(
     first = {g: min(n.index for name in tensors for n in graph.consumers[name]) for g, tensors in changed.items()}
     order = late_order(graph, set(first.values()))
     segments = Segments(graph, order, runtime, analysis.shapes)
-    at_once, shared = runtime.shared_out(max((v.count for v in variants.values()), default=1) or 1)
-    suffixes = Segments(graph, order, shared, analysis.shapes)
     place = {g: min(segments.place[n.index] for name in changed[g] for n in graph.consumers[name]) for g in changed}
     sizes = {at: sample_bytes(analysis, segments.frontier(at)) for at in set(place.values())}
     most = max(_LOOKED_AT // max(*sizes.values(), sample_bytes(analysis, fronts), 1), 1)
     used = [k for k in range(len(batches)) if batches.parts[k][-1] < most] or [0]
     samples = sum(len(batches.parts[k]) for k in used)
+    parts = len(used) * max((v.count for v in variants.values()), default=0)
+    at_once, shared = runtime.shared_out(min(max(parts, 1), MOST))
+    suffixes = Segments(graph, order, shared, analysis.shapes)
     # where nothing that is stored silences a unit, its price is not known
     results = {g: [np.inf] * v.count for g, v in variants.items() if v.count and not v.tensors}
     with Shelf(room.frontier) as shelf, workers(at_once) as spread:
@@ -134,9 +139,11 @@ def measure(
                 wanted = [{n: found[n] for n in later} for found in expected]
             else:
                 values = _in_types(graph, reference())
-                wanted = [suffix.run(state, values) for state in given]
-            price = functools.partial(_moved, graph, variants[group], suffix, given, wanted, compared)
-            results[group] = [moved / samples for moved in spread(price, range(variants[group].count))]
+                wanted = spread(functools.partial(suffix.run, free=values), given)
+            arrays_of = spread(functools.partial(_made, graph, variants[group]), range(variants[group].count))
+            jobs = zip(*itertools.product(arrays_of, range(len(given))), strict=True)
+            moved = spread(functools.partial(_moved, suffix, given, wanted, compared), *jobs)
+            results[group] = (np.reshape(moved, (len(arrays_of), -1)).sum(axis=1) / samples).tolist()
             del suffix
             progress.advance()
     return results

@@ -11,7 +11,7 @@ import pytest
 from builder import Builder, run
 from onnx import numpy_helper
 
-from onnxprune import fitting
+from onnxprune import fitting, pipeline
 from onnxprune.api import Result, prune
 from onnxprune.prepare import prepare
 from onnxprune.progress import Progress
@@ -107,9 +107,11 @@ def test_errors_are_reported_of_groups_that_lost_something() -> None:
 
 
 @pytest.mark.parametrize(("samples", "doubted"), [(10, True), (SAMPLES, False)])
+@pytest.mark.parametrize("in_blocks", [False, True])
 def test_a_limiter_is_fitted_to_with_doubt_where_rows_are_few(
-    samples: int, doubted: bool, monkeypatch: pytest.MonkeyPatch
+    samples: int, doubted: bool, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But not where the fit of a block follows, which minds it as well."""
     given = []
 
     def noted(start: Fit, *rest: Any) -> Fit:
@@ -117,8 +119,11 @@ def test_a_limiter_is_fitted_to_with_doubt_where_rows_are_few(
         return start
 
     monkeypatch.setattr(fitting, "refine", noted)
+    if not in_blocks:
+        monkeypatch.setattr(pipeline, "find_blocks", lambda *_: ())
     prune(network(), data=images(0)[:samples], only="^a$|^b$", speedup=1.5, best_effort=True, threads=1)
-    assert given and all(count == (2 if doubted else 0) for count in given)
+    assert bool(given) != in_blocks
+    assert all(count == (2 if doubted else 0) for count in given)
 
 
 @pytest.mark.parametrize("op", ["MatMul", "Einsum"])
