@@ -19,7 +19,9 @@ _SHARINGS = 6  # of a price among several limits
 _SHARPNESS = 2.0  # with which price moves to the scarcest
 
 
-def interpolate(units: int, levels: Sequence[int], measured: Sequence[float], errors: np.ndarray) -> np.ndarray:
+def interpolate(
+    units: int, levels: Sequence[int], measured: Sequence[float], errors: np.ndarray, *, steeply: bool = True
+) -> np.ndarray:
     """An error for every number of kept units, from measurements at a few.
 
     Between two levels the measured damage grows as the group's own reconstruction error does, where that is known.
@@ -29,6 +31,8 @@ def interpolate(units: int, levels: Sequence[int], measured: Sequence[float], er
         levels: kept counts that were measured.
         measured: damage at each.
         errors: (units + 1,) the group's own error curve; NaN where unknown.
+        steeply: whether damage below all levels grows faster than that error, as it does; without, it is what it may
+            be at best.
 
     Returns:
         (units + 1,) damage, not increasing in the kept count, zero where everything is kept.
@@ -44,7 +48,9 @@ def interpolate(units: int, levels: Sequence[int], measured: Sequence[float], er
     falling = np.interp(base, at[::-1] + np.arange(len(at)) * 1e-12, damage[::-1])
     below = every < counts[0]  # beyond the last measurement: in proportion to the error, or steeply
     growth = base / max(at[0], 1e-12) if known and at[0] > 0 else (units - every) / max(units - counts[0], 1)
-    falling[below] = damage[0] * np.maximum(growth[below], 1.0) * (1.0 + (counts[0] - every[below]) / max(counts[0], 1))
+    falling[below] = damage[0] * np.maximum(growth[below], 1.0)
+    if steeply:
+        falling[below] *= 1.0 + (counts[0] - every[below]) / max(counts[0], 1)
     result: np.ndarray = np.maximum.accumulate(falling[::-1])[::-1]
     return result
 

@@ -163,16 +163,23 @@ class Chooser:
     def _least_damage(self, costs: Sequence[Cost], most: Sequence[float], choices: Sequence[np.ndarray]) -> np.ndarray:
         """Kept counts of least damage within the limits.
 
-        A group that comes out narrower than any width at which its damage is known has it measured at the narrowest,
-        too. What other networks of a family asked for is not used: each is what it would be alone.
+        A group that comes out narrower than any width at which its damage is known, if that is what it may be at best,
+        has it measured at the narrowest, too. What other networks of a family asked for is not used: each is what it
+        would be alone.
         """
-        groups, every = self.analysis.groups, self._levels
+        every = self._levels
         levels = [_wider(each) for each in every]
         while True:
             damage = self._look(levels)
             curves = [
-                budget.interpolate(info.units, counts, [known[count] for count in counts], ranking.errors)
-                for info, counts, known, ranking in zip(groups, levels, damage, self.rankings, strict=True)
+                budget.interpolate(
+                    info.units,
+                    levels[g],
+                    [damage[g][count] for count in levels[g]],
+                    self.rankings[g].errors,
+                    steeply=levels[g] == every[g],
+                )
+                for g, info in enumerate(self.analysis.groups)
             ]
             kept = budget.allocate_within(curves, costs, most, choices)
             narrow = [g for g, count in enumerate(kept) if count < levels[g][0] and levels[g] != every[g]]
