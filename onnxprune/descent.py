@@ -11,6 +11,7 @@ approximation by averaging*).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ _POWER = 4  # rounds of power iteration, at most
 _SAFETY = 1.2  # how much larger the largest eigenvalue may be than those rounds say
 _DOUBT = 3.0  # and than fewer of them say
 _NOISE = 0.05  # of a part, that steps may take over: times rows for a column it bounds their length
-_WORTH = 1e-2  # of the error at the start: what a pass has to gain for another one to be made
+_WORTH = 2e-2  # of the error at the start: what a pass has to gain for another one to be made
 _ROWS_PER_COLUMN = 64  # of those that the metric is made of, at most: what is seldom active must not be overlooked
 _DAMPING = 1e-3  # of the Gram matrices, relative to the mean of the diagonal
 
@@ -72,9 +73,14 @@ def fit_block(net: Network, parts: Sequence[Part], data: BlockData, held_out: Bl
     return best
 
 
+def _parts(samples: np.ndarray) -> list[np.ndarray]:
+    """Some samples in parts that are worked on side by side."""
+    return [part for part in np.array_split(samples, CHUNKS) if len(part)]
+
+
 def _chunks(data: BlockData, samples: np.ndarray) -> list[BlockData]:
-    """Some samples in chunks that are worked on side by side."""
-    return [data.take(part) for part in np.array_split(samples, CHUNKS) if len(part)]
+    """The data of these parts."""
+    return [data.take(part) for part in _parts(samples)]
 
 
 def _pass(loss: _Loss, metric: _Metric, weights: Vector, data: BlockData, steps: int, length: float) -> Vector:
@@ -82,7 +88,7 @@ def _pass(loss: _Loss, metric: _Metric, weights: Vector, data: BlockData, steps:
     speed, total, count = [np.zeros_like(w) for w in weights], [np.zeros_like(w) for w in weights], 0
     for step in range(steps):
         samples = np.arange(step, len(data), steps)
-        ahead = metric.solve(loss.gradient(weights, _chunks(data, samples)))
+        ahead = metric.solve(loss.gradient(weights, data, samples))
         share = length * metric.count / len(samples)
         speed = [_MOMENTUM * old + share * new for old, new in zip(speed, ahead, strict=True)]
         weights = _sum(weights, speed)
@@ -116,14 +122,15 @@ class _Loss:
         """The loss on some samples."""
         return float(sum(self.spread(lambda chunk: self.look(weights, chunk).loss, chunks)))
 
-    def gradient(self, weights: Vector, chunks: Sequence[BlockData]) -> Vector:
+    def gradient(self, weights: Vector, data: BlockData, samples: np.ndarray) -> Vector:
         """Half of the direction in which it falls."""
 
-        def of(chunk: BlockData) -> Vector:
+        def of(part: np.ndarray) -> Vector:
+            chunk = data.take(part)
             state = self.look(weights, chunk)
             return self.linear(chunk, state).backward(state.missing)
 
-        return _total(self.spread(of, chunks))
+        return _total(self.spread(of, _parts(samples)))
 
 
 class _Metric:
@@ -190,17 +197,25 @@ def _factors(
         chunks: what the layer reads, unfolded.
     """
     count, columns = sum(rows.shape[1] for rows in chunks), chunks[0].shape[2]
-    step, factors = max(count // (_ROWS_PER_COLUMN * columns), 1), []
+    steps, factors = [_step(rows.shape[1], count // (_ROWS_PER_COLUMN * columns)) for rows in chunks], []
     for group, free in enumerate(loss.parts[k].free):
         active = np.flatnonzero(free.any(axis=1))
         if not len(active):  # a group of a grouped convolution that went as a whole
             continue
         gram = np.zeros((len(active), len(active)))
-        for rows in chunks:
+        for rows, step in zip(chunks, steps, strict=True):
             used = rows[group, ::step][:, active]
-            gram += used.T @ used
-        factors.append((group, active, _factor(step * _worth(loss, k, weights, state) * gram)))
+            gram += step * (used.T @ used)
+        factors.append((group, active, _factor(_worth(loss, k, weights, state) * gram)))
     return factors
+
+
+def _step(rows: int, wanted: int) -> int:
+    """About so far apart that neither the same samples nor the same positions are met again and again."""
+    step = max(wanted, 1)
+    while math.gcd(step, max(rows, 1)) > 1:
+        step += 1
+    return step
 
 
 def _worth(loss: _Loss, k: int, weights: Vector, state: State) -> float:

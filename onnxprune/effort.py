@@ -40,12 +40,8 @@ class Effort:
 
     @property
     def of_few(self) -> Effort:
-        """The same where samples are few.
-
-        Each is looked at in more of its positions, which costs little; damage is not measured on as many, or it would
-        cost more than all else.
-        """
-        return replace(self, thinned=1, products=math.inf, fewest=self.fewest // 2) if self.together else self
+        """The same where samples are few: each is looked at in more of its positions, which costs little."""
+        return replace(self, thinned=1, products=math.inf) if self.together else self
 
     def damage_samples(self, samples: int, groups: int) -> int:
         """Of so many samples, how many damage is measured on: a measurement runs half of the network, on average."""
@@ -54,6 +50,6 @@ class Effort:
 
 
 # few widths say what damage is, with a group's own errors between them; samples are better spent than widths
-THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 1.4, 96, 256, 1000, True, True, swaps=True)
-BALANCED = Effort(2500, 4, (0.4, 0.1), 0.75, 64, 256, 1000, True, False, 8e9)
+THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 1.4, 64, 256, 1000, True, True, swaps=True)
+BALANCED = Effort(1250, 4, (0.4, 0.1), 0.75, 64, 256, 1000, True, False, 8e9)
 QUICK = Effort(1000, 4, (0.4, 0.1), 0.25, 24, 64, 0, False, False)

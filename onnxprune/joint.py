@@ -276,9 +276,11 @@ class Linear:
         self.taken = net.taken(state.between.joined)
         self.slopes = [net.slope(k, y, data, state.weights) for k, y in enumerate(state.before)]
         shapes = [y.shape for y in (*state.before, *data.least)]
-        self.positions = [out_positions(p.layer, s) for p, s in zip(parts, shapes, strict=True)]
         inputs = [data.held[i.layer.data] for i in net.block.inner] + [state.between.read] * len(data.least)
-        self.rows = [_unfolded(*each) for each in zip(parts, inputs, shapes, strict=True)]
+        self.rows = [
+            part.unfolding.everywhere(x, out_positions(part.layer, shape))
+            for part, x, shape in zip(parts, inputs, shapes, strict=True)
+        ]
 
     def forward(self, change: Vector) -> list[np.ndarray]:
         """(outer outputs) What the outer layers give more, where it matters."""
@@ -321,13 +323,7 @@ class Linear:
         return (*[slice(None)] * self.net.block.axis, slice(inner.start, inner.start + inner.channels))
 
     def _cross(self, k: int, output: np.ndarray) -> np.ndarray:
-        part, out = self.parts[k], self.positions[k]
-        targets = part.unfolding.targets(output, np.arange(int(np.prod(out, dtype=np.int64))))
+        part = self.parts[k]
+        targets = part.unfolding.targets_everywhere(output)
         found: np.ndarray = np.matmul(self.rows[k].transpose(0, 2, 1), targets).astype(np.float64) * part.free
         return found
-
-
-def _unfolded(part: Part, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """What a layer reads, (group, rows, p), at all positions of an output of some shape."""
-    out = out_positions(part.layer, shape)
-    return part.unfolding.rows(x, np.arange(int(np.prod(out, dtype=np.int64))), out)

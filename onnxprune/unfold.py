@@ -126,6 +126,39 @@ class Unfolding:
         by_output = picked.transpose(1, 2, 0, 3).reshape(self.group, picked.shape[2], n * len(positions))
         return by_output.transpose(0, 2, 1).astype(dtype, copy=False)
 
+    def everywhere(self, x: np.ndarray, out: tuple[int, ...]) -> np.ndarray:
+        """`rows` at all positions, in the order of `targets_everywhere`.
+
+        Of a convolution, the samples of a position stand side by side: they are copied in long runs.
+        """
+        if not self.kernel or self.transposed:
+            return self.rows(x, np.arange(math.prod(out)), out)
+        n, channels, spatial = x.shape[0], x.shape[1], x.shape[2:]
+        axes = range(len(spatial))
+        reach = [(out[a] - 1) * self.strides[a] + (self.kernel[a] - 1) * self.dilations[a] + 1 for a in axes]
+        read = [max(min(spatial[a], reach[a] - self.pads[a]), 0) for a in axes]
+        padded = np.zeros((channels, *reach, n), x.dtype)
+        inner = tuple(slice(self.pads[a], self.pads[a] + read[a]) for a in axes)
+        padded[(slice(None), *inner)] = np.moveaxis(x, 0, -1)[(slice(None), *map(slice, read))]
+        inside = channels // self.group
+        columns = np.empty(
+            (self.group, inside * self.taps + 1, math.prod(out) * n), np.promote_types(x.dtype, np.float32)
+        )
+        columns[:, -1] = 1.0
+        by_tap = columns[:, :-1].reshape(self.group, inside, self.taps, *out, n)
+        for tap, at in enumerate(np.ndindex(self.kernel)):
+            first = [at[a] * self.dilations[a] for a in axes]
+            taken = tuple(slice(first[a], first[a] + (out[a] - 1) * self.strides[a] + 1, self.strides[a]) for a in axes)
+            by_tap[:, :, tap] = padded[(slice(None), *taken)].reshape(self.group, inside, *out, n)
+        return columns.transpose(0, 2, 1)
+
+    def targets_everywhere(self, y: np.ndarray) -> np.ndarray:
+        """`targets` at all positions, in the order of `everywhere`."""
+        if not self.kernel or self.transposed:
+            return self.targets(y, np.arange(math.prod(y.shape[2:] if self.kernel else y.shape[1:-1])))
+        by_output = np.moveaxis(y, 0, -1).reshape(self.group, y.shape[1] // self.group, -1)
+        return by_output.transpose(0, 2, 1).astype(np.promote_types(y.dtype, np.float32), copy=False)
+
     def columns(self, slots: np.ndarray) -> np.ndarray:
         """Columns of some slots of the contracted weight axis: (..., s) -> (..., s * taps)."""
         wide = slots[..., None] * self.taps + np.arange(self.taps)

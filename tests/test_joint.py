@@ -427,6 +427,17 @@ def test_how_steep_a_loss_is_is_known_well_enough_after_one_round(make: Callable
     assert exact < descent._DOUBT * early
 
 
+@pytest.mark.parametrize("wanted", [0, 1, 4, 5, 30])
+def test_the_metric_is_made_of_all_samples_and_positions(wanted: int) -> None:
+    samples, positions = 20, 75
+    step = descent._step(samples * positions, wanted)
+    found = np.arange(0, samples * positions, step)
+    assert max(wanted, 1) <= step <= wanted + 10
+    for period in (samples, positions):
+        if len(found) >= period:
+            assert len(set(found % period)) == period
+
+
 def test_what_is_not_free_stays() -> None:
     case = Case(plain, 1, 40)
     for part in case.parts:

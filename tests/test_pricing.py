@@ -61,7 +61,7 @@ def test_narrow_widths_are_looked_at_where_groups_get_that_narrow(looks: list[li
     assert kept.min() >= WIDE
     assert looks == [[[WIDE]] * len(kept)]
     looks.clear()
-    kept = counts(12.0)
+    kept = counts(5.0)
     first, *others = looks
     assert first == [[WIDE]] * len(kept)
     times = [sum(each[g] == [NARROW] for each in others) for g in range(len(kept))]

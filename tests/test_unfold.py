@@ -164,6 +164,15 @@ def test_sampled_positions_are_a_part_of_all(case: Case) -> None:
         np.testing.assert_array_equal(part, picked.reshape(part.shape))
 
 
+def test_all_positions_come_in_one_order_or_another(case: Case) -> None:
+    rows, targets = case.unfolding.everywhere(case.x, case.out), case.unfolding.targets_everywhere(case.y)
+    assert (rows.dtype, targets.dtype) == (case.x.dtype, case.y.dtype)
+    np.testing.assert_allclose(rows @ case.matrices(), targets, rtol=0, atol=2e-6)
+    given = case.unfolding.rows(case.x, np.arange(case.total), case.out)
+    for group, each in enumerate(rows):
+        np.testing.assert_array_equal(each[np.lexsort(each.T)], given[group][np.lexsort(given[group].T)])
+
+
 def test_the_last_column_is_one(case: Case) -> None:
     rows = case.unfolding.rows(case.x, np.arange(case.total), case.out)
     assert (rows[:, :, -1] == 1).all()
