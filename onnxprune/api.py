@@ -87,7 +87,7 @@ def prune(
         shapes: deployed sizes: whole shapes of inputs, by name; those of a sample where none is given.
         batch: deployed size of the open first axis of the inputs.
         data: calibration data (see `onnxprune.data`); nothing means a neighbour of the file, or random data.
-        samples: how many of them to use at most; 1,250 if not given, 1,000 if ``quick``, 5,000 if ``thorough`` (as He
+        samples: how many of them to use at most; 1,750 if not given, 1,000 if ``quick``, 5,000 if ``thorough`` (as He
             et al. 2017).
         batch_size: samples per run, 256 at most; chosen by memory if not given.
         memory: bytes of resident memory that the process may take (None: what it takes, and half of what is free).

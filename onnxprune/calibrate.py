@@ -59,8 +59,9 @@ class Sweep:
         runtime: how to run.
         arrays: stored tensors that are changed from the start.
         room: what all this may take.
-        closely: of the readers, those for which samples are kept: for the fit of their blocks, or where they are in
-            none, for that to what comes out of a limiter behind them.
+        closely: of the readers, those that samples are kept of: for the fit to what comes out of a limiter behind
+            them, and for that of their blocks.
+        twice: whether those whose block is fitted are fitted to the limiter before.
     """
 
     def __init__(
@@ -72,11 +73,12 @@ class Sweep:
         arrays: Arrays,
         room: Room | None = None,
         closely: Collection[Reader] = (),
+        twice: bool = True,
     ) -> None:
         self.graph = analysis.graph
         self.room = room or Room.of(None, 0)
         self.used_files = False
-        self.closely = {r.index for r in closely}
+        self.closely, self.twice = {r.index for r in closely}, twice
         self.answers = answers
         self.analysis = analysis
         self.batches = answers.batches
@@ -124,8 +126,7 @@ class Sweep:
                 blocks = [b for b in self.blocks if reader in b.outer]
                 known = recall(reader)
                 if known is None:
-                    # the fit of a block minds the limiter as well
-                    kept = rows if reader.index in self.closely and not blocks else None
+                    kept = rows if reader.index in self.closely and (self.twice or not blocks) else None
                     given = self._folds(reader, behind, shelf, kept, pruned, spread)
                     known = fit(reader, *given, spread)
                     del given  # a block's fit needs the room

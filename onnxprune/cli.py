@@ -118,7 +118,7 @@ def cli() -> None:
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--report", "report_path", type=FILE, metavar="FILE.json", help="Write the report here; several as -o.")
 @with_data()
-@with_sampling("1250, with --quick 1000, with --thorough 5000")
+@with_sampling("1750, with --quick 1000, with --thorough 5000")
 @with_mirror
 @with_threads
 @with_provider
@@ -222,7 +222,7 @@ def prune(
 @click.option("-o", "--output", type=FILE, metavar="FILE", help="Default: MODEL.stats.npz beside the model.")
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
 @with_data()
-@with_sampling("1250")
+@with_sampling("1750")
 @with_mirror
 @with_memory
 @with_dask

@@ -21,6 +21,7 @@ class Effort:
         together: whether a limiter behind a layer is minded, and neighbouring layers are fitted together; else every
             layer is fitted once, from sums.
         again: whether widths are measured again in the network that was fitted to the first ones.
+        twice: whether a limiter behind a layer is minded before a fit together that minds it as well.
         products: multiplications that one look at the samples of such a fit may take in the original's layers; wide
             layers are looked at in fewer positions for it, within reason.
         swaps: whether units that greedy elimination keeps are exchanged for others where that leaves less of an error.
@@ -35,13 +36,18 @@ class Effort:
     mirrored: int
     together: bool
     again: bool
+    twice: bool
     products: float = math.inf
     swaps: bool = False
 
     @property
     def of_few(self) -> Effort:
-        """The same where samples are few: each is looked at in more of its positions, which costs little."""
-        return replace(self, thinned=1, products=math.inf) if self.together else self
+        """The same where samples are few.
+
+        Each is looked at in more of its positions, which costs little, and fits together begin from better ones, as
+        there are fewer steps to take.
+        """
+        return replace(self, thinned=1, twice=True, products=math.inf) if self.together else self
 
     def damage_samples(self, samples: int, groups: int) -> int:
         """Of so many samples, how many damage is measured on: a measurement runs half of the network, on average."""
@@ -50,6 +56,6 @@ class Effort:
 
 
 # few widths say what damage is, with a group's own errors between them; samples are better spent than widths
-THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 1.4, 64, 256, 1000, True, True, swaps=True)
-BALANCED = Effort(1250, 4, (0.4, 0.1), 0.75, 64, 256, 1000, True, False, 8e9)
-QUICK = Effort(1000, 4, (0.4, 0.1), 0.25, 24, 64, 0, False, False)
+THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 1.4, 64, 256, 1000, True, True, True, swaps=True)
+BALANCED = Effort(1750, 4, (0.4, 0.1), 0.75, 64, 256, 1000, True, False, False, 8e9)
+QUICK = Effort(1000, 4, (0.4, 0.1), 0.25, 24, 64, 0, False, False, False)

@@ -338,7 +338,8 @@ class Chooser:
             fitting.begin(self.statistics, sweeping=True)
         fitted = fitting.to_be_fitted()
         closely = [r for r in fitted if self.effort.together and (not r.columns or fitting.is_cut(r))]
-        runner = Sweep(self.analysis, fitted, answers, self.runtime, fitting.arrays, self.room, closely)
+        twice = self.effort.twice
+        runner = Sweep(self.analysis, fitted, answers, self.runtime, fitting.arrays, self.room, closely, twice)
         steps = Steps(fitting, self.journal)
         if not answers.are_known:  # after a run that was stopped, or on a cluster
             with self.progress.stage("calibrate", len(answers.batches.data)):

@@ -492,8 +492,8 @@ def test_help_imports_nothing_heavy(arguments):
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("prune", ["default 1250, with --quick 1000, with --thorough 5000", "MODEL.calib.npz or test_data_set_*"]),
-        ("collect", ["(default 1250)", "MODEL.calib.npz or test_data_set_*"]),
+        ("prune", ["default 1750, with --quick 1000, with --thorough 5000", "MODEL.calib.npz or test_data_set_*"]),
+        ("collect", ["(default 1750)", "MODEL.calib.npz or test_data_set_*"]),
         ("compare", ["(default all)", "A.calib.npz or test_data_set_*"]),
         ("inspect", ["Default: none"]),
     ],

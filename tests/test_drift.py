@@ -107,11 +107,11 @@ def test_errors_are_reported_of_groups_that_lost_something() -> None:
 
 
 @pytest.mark.parametrize(("samples", "doubted"), [(10, True), (SAMPLES, False)])
-@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize(("in_blocks", "few"), [(False, True), (False, False), (True, True), (True, False)])
 def test_a_limiter_is_fitted_to_with_doubt_where_rows_are_few(
-    samples: int, doubted: bool, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+    samples: int, doubted: bool, in_blocks: bool, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But not where the fit of a block follows, which minds it as well."""
+    """But of many samples not where the fit of a block follows, which minds it as well."""
     given = []
 
     def noted(start: Fit, *rest: Any) -> Fit:
@@ -119,10 +119,11 @@ def test_a_limiter_is_fitted_to_with_doubt_where_rows_are_few(
         return start
 
     monkeypatch.setattr(fitting, "refine", noted)
+    monkeypatch.setattr(pipeline, "_FEW", 1000 if few else 0)
     if not in_blocks:
         monkeypatch.setattr(pipeline, "find_blocks", lambda *_: ())
     prune(network(), data=images(0)[:samples], only="^a$|^b$", speedup=1.5, best_effort=True, threads=1)
-    assert bool(given) != in_blocks
+    assert bool(given) == (few or not in_blocks)
     assert all(count == (2 if doubted else 0) for count in given)
 
 

@@ -11,7 +11,7 @@ from onnxprune.runtime import Runtime
 
 def test_few_samples_are_looked_at_as_thoroughly_as_many() -> None:
     few = BALANCED.of_few
-    assert (few.thinned, few.products) == (THOROUGH.thinned, THOROUGH.products)
+    assert (few.thinned, few.twice, few.products) == (THOROUGH.thinned, THOROUGH.twice, THOROUGH.products)
     assert (few.samples, few.levels) == (BALANCED.samples, BALANCED.levels)
     assert (few.again, THOROUGH.of_few.again) == (False, True)
     assert QUICK.of_few is QUICK
