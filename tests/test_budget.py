@@ -340,6 +340,14 @@ def test_between_measurements_the_damage_grows_as_the_error_does() -> None:
     np.testing.assert_allclose(straight[10:], np.linspace(1, 0, 11), rtol=1e-9, atol=1e-9)
 
 
+def test_below_all_measurements_the_damage_grows_faster_or_at_best_as_the_error_does() -> None:
+    errors = np.linspace(1, 0, 21) ** 2
+    steep, best = (interpolate(20, [10], [1.0], errors, steeply=steeply) for steeply in (True, False))
+    np.testing.assert_allclose(best, errors / errors[10], rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(steep[10:], best[10:])
+    np.testing.assert_allclose(steep[:10] / best[:10], np.linspace(2, 1, 11)[:10], rtol=1e-9)
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_interpolation_never_rises(data: st.DataObject) -> None:
