@@ -56,6 +56,6 @@ class Effort:
 
 
 # few widths say what damage is, with a group's own errors between them; samples are better spent than widths
-THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 1.4, 64, 256, 1000, True, True, True, swaps=True)
-BALANCED = Effort(1750, 4, (0.4, 0.1), 0.75, 64, 256, 1000, True, False, False, 8e9)
-QUICK = Effort(1000, 4, (0.4, 0.1), 0.25, 24, 64, 0, False, False, False)
+THOROUGH = Effort(5000, 1, (0.7, 0.4, 0.1), 1.4, 64, 256, 1000, together=True, again=True, twice=True, swaps=True)
+BALANCED = Effort(1750, 4, (0.4, 0.1), 0.75, 64, 256, 1000, together=True, again=False, twice=False, products=8e9)
+QUICK = Effort(1000, 4, (0.4, 0.1), 0.25, 24, 64, 0, together=False, again=False, twice=False)
